@@ -1,0 +1,17 @@
+"""A fair connection pool for SQLAlchemy that keeps honest books, and a monitor of pools."""
+
+from .core.holders import held_by
+from .core.snapshot import PoolInterval, PoolSnapshot
+from .errors import PoolClosed, PoolOverloaded, PoolTimeout, PoolUnavailable
+from .pool.managed import ManagedPool
+
+__all__ = [
+    "ManagedPool",
+    "PoolClosed",
+    "PoolInterval",
+    "PoolOverloaded",
+    "PoolSnapshot",
+    "PoolTimeout",
+    "PoolUnavailable",
+    "held_by",
+]

@@ -1,0 +1,994 @@
+"""The pool as a pure state machine: who gets which slot, who waits, what to open and close.
+
+Nothing here does I/O, holds a thread or reads a clock.  Each call takes the time, changes the
+state and leaves what has to be done in ``decisions``; the driver calls under its lock, takes the
+decisions, and carries them out after releasing it:
+
+* ``Open(slot)``: connect, then ``connected`` or ``connect_failed`` (after asking ``starting``);
+* ``Close(slot)``: close the connection, then ``closed``;
+* ``Wake(request)``: wake that caller, who then calls ``claim``.
+
+A slot is always in one of these states::
+
+               _open                connected             checkout / grant
+      (gone) --------> connecting ------------> idle -----------------------> checking
+        ^                  |                     ^  |                          |    |
+        |   connect_failed |       checkin       |  | checkout     checked ok  |    | not alive
+        +------------------+   +-----------------+  v  <-----------------------+    |
+        ^                      |             checked_out                            |
+        |                      +----------------- | checkin of a stale one          |
+        |   closed                                v                                 |
+        +--------------------------------------closing <----------------------------+
+
+While somebody waits nothing is idle (unless the pool is paused), and no slot stays free without
+an attempt in flight (outside back-off).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from math import inf
+from typing import Literal
+
+from ..config import PoolConfig
+from .books import Books
+from .policies import Backoff, Pace, spread_age
+from .slots import (
+    CHECKED_OUT,
+    CHECKING,
+    CLOSING,
+    CONNECTING,
+    GONE,
+    IDLE,
+    Close,
+    CloseReason,
+    Decision,
+    Failure,
+    Open,
+    Purpose,
+    Request,
+    Slot,
+    Wake,
+)
+
+__all__ = ["Machine"]
+
+Phase = Literal["open", "paused", "closed"]
+
+_REVIEW = -inf
+_REPEAT_GROWTH = 0.01  # how often a queue that was thought short-lived is looked at again
+
+
+class Machine:
+    """All state of one pool, and the only code that changes it.
+
+    :param config: the settings; ``resize`` replaces them.
+    :param now: the present time, seconds of a monotonic clock, as in every other call.
+    :param chance: returns random numbers between 0 and 1; spreads ages and back-off.
+    """
+
+    def __init__(self, config: PoolConfig, now: float, chance: Callable[[], float]) -> None:
+        self.books = Books(now)
+        self.phase: Phase = "open"
+        self.slots: dict[Slot, None] = {}
+        """Every slot in use; their number is what ``max_size`` limits."""
+        self.idle: deque[Slot] = deque()
+        """Ordered by the time of return: the oldest stands first."""
+        self.waiting: OrderedDict[Request, None] = OrderedDict()
+        self.decisions: list[Decision] = []
+        self.checked_out = 0
+        self.connecting = 0
+        self.checking = 0
+        self.closing = 0
+        self.overdue = 0
+        """Attempts that gave up their turn but keep their place."""
+        self.owed = 0
+        """Connections that were retired and are to be replaced."""
+        self._in_flight: dict[Purpose, int] = {"demand": 0, "replacement": 0, "fill": 0}
+        """Attempts that count towards ``max_connecting``, by what they are made for."""
+        self.is_warm = False
+        """Somebody asked for a connection, so ``min_size`` is kept from now on."""
+        self._chance = chance
+        self._offset = chance()
+        self._opened = 0
+        self._tickets = 0
+        self._backoff = Backoff()
+        self._pace = Pace()
+        self._adopt(config)
+
+    def _adopt(self, config: PoolConfig) -> None:
+        self.config = config
+        self._limit = inf if config.max_size is None else config.max_size
+        self._last_use = config.max_uses or 0
+        self._callers_connect = config.upkeep == "inline" or config.timeout == 0
+        self._take = self.idle.pop if config.use_lifo else self.idle.popleft
+
+    def __repr__(self) -> str:
+        return (
+            f"<Machine {self.phase}: {len(self.idle)} idle, {self.checked_out} checked out, "
+            f"{self.connecting} connecting, {self.checking} checking, {self.closing} closing, "
+            f"{len(self.waiting)} waiting, limit {self._limit}>"
+        )
+
+    @property
+    def open(self) -> int:
+        """How many connections are open: idle, checked out or being checked."""
+        return len(self.idle) + self.checked_out + self.checking
+
+    def take_decisions(self) -> list[Decision]:
+        """Return what has to be done, once."""
+        decisions = self.decisions
+        self.decisions = []
+        return decisions
+
+    # -- asking ------------------------------------------------------------------------------
+
+    def checkout(
+        self, asked_at: float, now: float, label: str | None, caller: Hashable = None
+    ) -> Slot | Request:
+        """Ask for a connection.
+
+        :param asked_at: when the caller began to ask; the deadline counts from here.
+        :param label: the holder's label, if it gave one.
+        :param caller: where in the program it asks, if that is tracked.
+        :return: a slot that is ``checked_out`` (take it), ``checking`` (see whether it is alive,
+            then call ``checked``) or ``connecting`` (connect it yourself, then ``connected``);
+            or a request, to be parked until woken or until its deadline.  A request that can
+            not be granted in time has its ``failure`` set already.
+        """
+        self.books.requests += 1
+        if self.idle and self.phase == "open":
+            slot = self._take()
+            if now < slot.expires_at:
+                if self.config.pre_ping:
+                    return self._check(slot, asked_at, now, label, caller)
+                slot.asked_at = asked_at
+                self._hand_out(slot, now, label, caller)
+                self.books.checkout_time.record(now - asked_at)
+                return slot
+            self.idle.append(slot)
+        return self._checkout_slowly(asked_at, now, label, caller)
+
+    def _hand_out(self, slot: Slot, now: float, label: str | None, caller: Hashable) -> None:
+        """Make the caller the slot's holder."""
+        books = self.books
+        slot.state = CHECKED_OUT
+        slot.held_since = now
+        slot.mark = books.caused
+        slot.label = label
+        slot.label_row = row = books.labels[label]
+        row.checkouts += 1
+        slot.caller = caller
+        if caller is not None:
+            slot.caller_row = row = books.callers[caller]
+            row.checkouts += 1
+        slot.uses += 1
+        if slot.uses == self._last_use:
+            slot.review_at = _REVIEW
+        self.checked_out += 1
+        if self.checked_out > books.peak_checked_out:
+            books.peak_checked_out = self.checked_out
+
+    def _check(
+        self, slot: Slot, asked_at: float, now: float, label: str | None, caller: Hashable
+    ) -> Slot:
+        """Reserve an idle connection for a caller who sees first whether it is alive."""
+        slot.asked_at = asked_at
+        if self._is_known_alive(slot, now):
+            self._hand_out(slot, now, label, caller)
+            self.books.checkout_time.record(now - asked_at)
+            return slot
+        slot.label = label
+        slot.caller = caller
+        self._begin_check(slot, now)
+        self.books.requesting += 1
+        return slot
+
+    def _is_known_alive(self, slot: Slot, now: float) -> bool:
+        """Tell whether nothing can have happened to the connection since it was opened."""
+        return slot.is_fresh and now - slot.opened_at <= self.config.ping_after
+
+    def _begin_check(self, slot: Slot, now: float) -> None:
+        slot.state = CHECKING
+        slot.needs_ping = now - slot.idle_since >= self.config.ping_after
+        self.checking += 1
+
+    def _checkout_slowly(
+        self, asked_at: float, now: float, label: str | None, caller: Hashable
+    ) -> Slot | Request:
+        """Find a slot that is no longer the first in line, or queue."""
+        self.books.requesting += 1
+        self.is_warm = True
+        timeout = self.config.timeout
+        deadline = None if timeout is None else asked_at + timeout
+        self._tickets += 1
+        request = Request(self._tickets, asked_at, now, deadline, label, caller)
+        if self.phase == "closed":
+            self._fail(request, now, "closed")
+            return request
+        if self.phase == "open" and not self.waiting:
+            slot = self._freshest_idle(now)
+            if slot is not None:
+                self.books.requesting -= 1
+                if self.config.pre_ping:
+                    return self._check(slot, asked_at, now, label, caller)
+                slot.asked_at = asked_at
+                self._hand_out(slot, now, label, caller)
+                self.books.checkout_time.record(now - asked_at)
+                return slot
+            if self._may_connect_itself():
+                return self._connect_itself(request, now)
+        if timeout == 0:
+            self._fail(request, now, "timeout")
+        elif (limit := self.config.max_waiting) is not None and len(self.waiting) >= limit:
+            self._fail(request, now, "rejected")
+        else:
+            self._enqueue(request, now)
+            self._grow(now)
+        return request
+
+    def _freshest_idle(self, now: float) -> Slot | None:
+        """Take the next idle connection that may still be handed out; the others are retired."""
+        while self.idle:
+            slot = self._take()
+            if now < slot.expires_at:
+                return slot
+            self._retire(slot, now, slot.reason or "age")
+        return None
+
+    def _may_connect_itself(self) -> bool:
+        if not self._callers_connect or self.phase != "open" or len(self.slots) >= self._limit:
+            return False
+        return self.config.timeout == 0 or self._in_turn < self.config.max_connecting
+
+    def _connect_itself(self, request: Request, now: float) -> Slot:
+        """Give the caller a slot to connect in its own thread."""
+        slot = self._new_slot(now, "demand")
+        slot.is_own_connect = True
+        slot.asked_at = request.asked_at
+        slot.label = request.label
+        slot.caller = request.caller
+        return slot
+
+    # -- waiting -----------------------------------------------------------------------------
+
+    def advance(self, now: float) -> None:
+        """Bring the books of who waits for whom up to date."""
+        self.books.advance(
+            now,
+            len(self.waiting),
+            self.checked_out,
+            self.connecting,
+            self.checking,
+            self.closing,
+        )
+
+    def _enqueue(self, request: Request, now: float) -> None:
+        books = self.books
+        waiting = self.waiting
+        self.advance(now)
+        if not waiting:
+            self._pace.queue_formed(now, books.checkins, books.use_time)
+        if not request.has_queued:
+            request.has_queued = True
+            books.waits += 1
+        request.queued_at = now
+        waiting[request] = None
+        if len(waiting) > books.peak_waiting:
+            books.peak_waiting = len(waiting)
+
+    def _enqueue_again(self, request: Request, now: float) -> None:
+        """Queue a request whose connection was found dead where its age puts it: at the front."""
+        self._enqueue(request, now)
+        older = []
+        for other in self.waiting:
+            if other.ticket > request.ticket:
+                break
+            older.append(other)
+        for other in (request, *reversed(older)):
+            self.waiting.move_to_end(other, last=False)
+
+    def _leave_queue(self, request: Request, now: float) -> None:
+        """Take a request out of the queue, whatever ended its wait."""
+        self.advance(now)
+        del self.waiting[request]
+        request.waited += now - request.queued_at
+
+    def _grant(self, slot: Slot, now: float) -> None:
+        """Give a free connection to the caller who waits longest."""
+        request = next(iter(self.waiting))
+        self._leave_queue(request, now)
+        request.slot = slot
+        slot.request = request
+        slot.asked_at = request.asked_at
+        slot.label = request.label
+        slot.caller = request.caller
+        if self.config.pre_ping and not self._is_known_alive(slot, now):
+            self._begin_check(slot, now)
+        else:
+            self._hand_out(slot, now, request.label, request.caller)
+            slot.is_requested = True
+        self.decisions.append(Wake(request))
+
+    def _fail(self, request: Request, now: float, failure: Failure) -> None:
+        """End a request that is no longer in the queue without a connection."""
+        books = self.books
+        books.requesting -= 1
+        request.failure = failure
+        if failure == "timeout":
+            books.timeouts += 1
+        elif failure == "rejected":
+            books.rejected += 1
+        elif failure == "cancelled":
+            books.cancelled += 1
+        elif failure == "unavailable":
+            books.unavailable += 1
+        else:
+            books.failed += 1
+        self._record_wait(request, served=False)
+
+    def _record_wait(self, request: Request | None, *, served: bool) -> None:
+        if request is not None and request.has_queued:
+            self.books.wait_ended(request.waited, request.label, request.caller, served=served)
+
+    def _fail_waiting(self, request: Request, now: float, failure: Failure) -> None:
+        """End a request that stands in the queue, and wake its caller."""
+        self._leave_queue(request, now)
+        self._fail(request, now, failure)
+        self.decisions.append(Wake(request))
+
+    def claim(self, request: Request, now: float) -> Slot | None:
+        """Accept what a woken request was given.
+
+        :return: its slot, ``checked_out``, ``checking`` or ``connecting`` as after ``checkout``;
+            None if the request has failed (see its ``failure`` and ``error``) or still waits.
+        """
+        slot = request.slot
+        if slot is None:
+            return None
+        request.slot = None
+        if slot.state == CHECKED_OUT:
+            slot.request = None
+            slot.is_requested = False
+            self._settle(slot, request, now)
+        return slot
+
+    def _settle(self, slot: Slot, request: Request | None, now: float) -> None:
+        """Count a request as served."""
+        books = self.books
+        books.requesting -= 1
+        books.checkout_time.record(now - slot.asked_at)
+        self._record_wait(request, served=True)
+
+    def expire(self, request: Request, now: float) -> Slot | None:
+        """End a request whose deadline has passed, unless it was granted at the last moment.
+
+        :return: what ``claim`` returns.
+        """
+        if request.slot is None and request.failure is None:
+            self._leave_queue(request, now)
+            self._fail(request, now, "timeout")
+            self._grow(now)
+        return self.claim(request, now)
+
+    def cancel(self, request: Request, now: float) -> None:
+        """End a request whose caller is gone; what it was granted goes to the next."""
+        if request.failure is not None:
+            return
+        slot = request.slot
+        if slot is None:
+            self._leave_queue(request, now)
+            self._fail(request, now, "cancelled")
+            self._grow(now)
+            return
+        request.slot = slot.request = None
+        self._fail(request, now, "cancelled")
+        self._take_back(slot, now)
+
+    def _take_back(self, slot: Slot, now: float) -> None:
+        """Free a slot that was granted but never used."""
+        if self.waiting:
+            self.advance(now)
+        if slot.state == CONNECTING:
+            self._forget_attempt(slot)
+            self._grow(now)
+            return
+        if slot.state == CHECKING:
+            self.checking -= 1
+        else:
+            self.checked_out -= 1
+            slot.uses -= 1
+            self._not_served(slot)
+            self._close_hold(slot, now)
+        self._offer(slot, now)
+
+    def _not_served(self, slot: Slot) -> None:
+        """Undo in its rows a checkout that did not reach its caller."""
+        slot.is_requested = False
+        for row in (slot.label_row, slot.caller_row):
+            if row is not None:
+                row.checkouts -= 1
+
+    # -- seeing whether it is alive ----------------------------------------------------------
+
+    def checked(
+        self, slot: Slot, now: float, *, pinged: bool, probed: bool, stale: CloseReason | None
+    ) -> Slot | Request:
+        """Say whether a ``checking`` slot's connection is alive.
+
+        :param stale: why it must not be handed out (``probe``, ``ping``), None if it is alive.
+        :return: the slot, now ``checked_out``; or, since it was stale, what ``checkout`` would
+            have returned to this caller, who stays in front of everybody that came later.
+        """
+        books = self.books
+        books.pings += pinged
+        books.probes += probed
+        if self.waiting:
+            self.advance(now)
+        self.checking -= 1
+        if stale is None and slot.reason is not None:
+            stale = slot.reason
+        if stale is None:
+            request, slot.request = slot.request, None
+            self._hand_out(slot, now, slot.label, slot.caller)
+            self._settle(slot, request, now)
+            return slot
+        return self._ask_again(slot, now, stale)
+
+    def _ask_again(self, slot: Slot, now: float, stale: CloseReason) -> Slot | Request:
+        """Replace a connection that was found stale before its caller had it."""
+        books = self.books
+        if stale in ("probe", "ping"):
+            books.ping_failures += 1
+        request, slot.request = slot.request, None
+        asked_at, label, caller = slot.asked_at, slot.label, slot.caller
+        self._retire(slot, now, stale)
+        other = self._freshest_idle(now) if self.phase == "open" else None
+        if other is not None:
+            books.requesting -= 1
+            other = self._check(other, asked_at, now, label, caller)
+            if other.state == CHECKING:
+                other.request = request
+            else:
+                self._record_wait(request, served=True)
+            return other
+        if request is None:
+            timeout = self.config.timeout
+            deadline = None if timeout is None else asked_at + timeout
+            self._tickets += 1
+            request = Request(self._tickets, asked_at, now, deadline, label, caller)
+            if self.waiting:
+                # it was served before everybody who waits now, so it is older than they are
+                request.ticket = next(iter(self.waiting)).ticket - 1
+        request.slot = None
+        if self.phase == "closed":
+            self._fail(request, now, "closed")
+        elif self._may_connect_itself():
+            return self._connect_itself(request, now)
+        elif self.config.timeout == 0:
+            self._fail(request, now, "timeout")
+        else:
+            self._enqueue_again(request, now)
+            self._grow(now)
+        return request
+
+    def check_interrupted(self, slot: Slot, now: float, failure: Failure) -> None:
+        """End a check that neither passed nor failed: its caller is gone with an exception.
+
+        Nobody knows in which state the connection is, so it is closed.
+        """
+        if self.waiting:
+            self.advance(now)
+        self.checking -= 1
+        request, slot.request = slot.request, None
+        if request is None:
+            self._tickets += 1
+            request = Request(
+                self._tickets, slot.asked_at, now, None, slot.label, slot.caller
+            )
+        self._fail(request, now, failure)
+        self._retire(slot, now, "ping")
+
+    # -- giving back -------------------------------------------------------------------------
+
+    def checkin(self, slot: Slot, now: float, reason: CloseReason | None = None) -> bool:
+        """Take a connection back.
+
+        :param reason: why it must not be used again, None if it may be.
+        :return: False if the slot was not checked out; nothing has changed then.
+        """
+        if slot.state != CHECKED_OUT:
+            return False
+        books = self.books
+        if self.waiting:
+            self.advance(now)
+        books.checkins += 1
+        books.use_time.record(now - slot.held_since)
+        self._close_hold(slot, now)
+        self.checked_out -= 1
+        slot.is_fresh = False
+        if slot.is_requested:
+            self._confirm_failed(slot)
+        if reason == "invalidated":
+            books.invalidations += 1
+        if reason is not None or slot.review_at <= now:
+            self._review(slot, now, reason)
+        elif self.waiting:
+            self._offer(slot, now)
+        else:
+            slot.state = IDLE
+            slot.idle_since = now
+            self.idle.append(slot)
+        return True
+
+    def _close_hold(self, slot: Slot, now: float) -> None:
+        """Add a use that has ended to its holder's rows."""
+        used = now - slot.held_since
+        caused = self.books.caused - slot.mark
+        row = slot.label_row
+        if row is not None:
+            row.use_seconds += used
+            row.wait_caused_seconds += caused
+        row = slot.caller_row
+        if row is not None:
+            row.use_seconds += used
+            row.wait_caused_seconds += caused
+
+    def _offer(self, slot: Slot, now: float) -> None:
+        """Give a connection that came free to the head of the queue, or keep it idle."""
+        if slot.review_at <= now:
+            self._review(slot, now, None)
+        elif self.waiting and self.phase == "open":
+            self._grant(slot, now)
+        else:
+            slot.state = IDLE
+            slot.idle_since = now
+            self.idle.append(slot)
+
+    def _review(self, slot: Slot, now: float, reason: CloseReason | None) -> None:
+        """Decide whether a connection that came free may stay."""
+        reason = reason or slot.reason or self._reason_to_retire(slot, now)
+        if reason is not None:
+            self._retire(slot, now, reason)
+            return
+        self._postpone_review(slot, now)
+        self._offer(slot, now)
+
+    def _postpone_review(self, slot: Slot, now: float) -> None:
+        if now < slot.ages_at:
+            slot.review_at = slot.ages_at
+        elif slot.is_replaced:
+            slot.review_at = slot.expires_at
+        else:
+            # there was no room for its replacement; the time until it expires is for trying again
+            slot.review_at = now + (slot.expires_at - slot.ages_at) / 8
+
+    def _reason_to_retire(self, slot: Slot, now: float) -> CloseReason | None:
+        if self.phase == "closed":
+            return "closed"
+        if len(self.slots) - self.closing > self._limit:
+            return "resize"
+        if self._last_use and slot.uses >= self._last_use:
+            return "uses"
+        if now >= slot.expires_at:
+            return "age"
+        if now >= slot.ages_at and not slot.is_replaced:
+            if len(self.slots) < self._limit:
+                self._replace(slot, now)
+            elif self._in_turn + self.closing < self.config.max_connecting:
+                return "age"
+        return None
+
+    def _replace(self, slot: Slot, now: float) -> None:
+        """Open a replacement before the aged connection goes."""
+        if self._in_turn < self.config.max_connecting and now >= self._backoff.until:
+            replacement = self._open(now, "replacement")
+            replacement.replaces = slot
+            slot.is_replaced = True
+
+    def lost(self, slot: Slot, now: float, *, detached: bool) -> bool:
+        """Take a slot back whose connection is gone: detached by its holder, or closed by it.
+
+        :return: False if the slot was not checked out; nothing has changed then.
+        """
+        if slot.state != CHECKED_OUT:
+            return False
+        books = self.books
+        if self.waiting:
+            self.advance(now)
+        books.checkins += 1
+        books.use_time.record(now - slot.held_since)
+        self._close_hold(slot, now)
+        self.checked_out -= 1
+        if slot.is_requested:
+            self._confirm_failed(slot)
+        if detached:
+            books.detached += 1
+        else:
+            books.invalidations += 1
+            books.count_close(slot.reason or "invalidated")
+        self._drop(slot)
+        self._grow(now)
+        return True
+
+    def reconnected(self, slot: Slot, now: float, seconds: float) -> None:
+        """Note that SQLAlchemy replaced a holder's connection in place."""
+        books = self.books
+        books.invalidations += 1
+        books.count_close("invalidated")
+        books.connects += 1
+        books.connect_time.record(seconds)
+        slot.reason = None
+        self._set_age(slot, now)
+
+    def leaked(self, slot: Slot, now: float) -> bool:
+        """Take a slot back that nobody refers to any more; its connection is closed."""
+        return self.checkin(slot, now, "leaked")
+
+    # -- a holder that is not served yet -----------------------------------------------------
+
+    def hold_back(self, slot: Slot) -> None:
+        """Count the holder as still asking until ``confirm``: listeners have to agree first.
+
+        To be called under the same lock as the call that served it, so that no snapshot ever
+        sees a checkout that is taken back.
+        """
+        slot.is_requested = True
+        self.books.requesting += 1
+
+    def confirm(self, slot: Slot) -> None:
+        """Count the holder as served after all."""
+        if slot.is_requested:
+            slot.is_requested = False
+            self.books.requesting -= 1
+
+    def _confirm_failed(self, slot: Slot) -> None:
+        self._not_served(slot)
+        self.books.requesting -= 1
+        self.books.failed += 1
+
+    # -- opening -----------------------------------------------------------------------------
+
+    @property
+    def _in_turn(self) -> int:
+        """Attempts that count towards ``max_connecting``."""
+        return self.connecting - self.overdue
+
+    def _new_slot(self, now: float, purpose: Purpose) -> Slot:
+        if self.waiting:
+            self.advance(now)
+        slot = Slot(now, purpose)
+        self.slots[slot] = None
+        self.connecting += 1
+        self._in_flight[purpose] += 1
+        return slot
+
+    def _open(self, now: float, purpose: Purpose) -> Slot:
+        slot = self._new_slot(now, purpose)
+        self.decisions.append(Open(slot))
+        return slot
+
+    def _grow(self, now: float) -> None:
+        """Start as many connection attempts as are worth their cost.
+
+        Nobody waits beside a free place without an attempt in flight: estimates and
+        ``max_connecting`` hold back further attempts, never the first one.
+        """
+        if self.phase != "open" or len(self.slots) >= self._limit:
+            return
+        if now < self._backoff.until and (self.open or not self.waiting):
+            return
+        if self.waiting and self._callers_connect:
+            self._let_waiters_connect(now)
+            return
+        wanted = self._wanted(now)
+        while (
+            self._in_turn < wanted
+            and self._in_turn < self.config.max_connecting
+            and len(self.slots) < self._limit
+        ):
+            if self.owed:
+                self.owed -= 1
+                self._open(now, "replacement")
+            else:
+                self._open(now, "demand" if self.waiting else "fill")
+
+    def _wanted(self, now: float) -> int:
+        """Return how many attempts should be in flight."""
+        demand = 0
+        if self.waiting:
+            books = self.books
+            demand = self._pace.attempts_worth(
+                now,
+                len(self.waiting),
+                self.checked_out + self.checking,
+                books.checkins,
+                books.connect_time.sum_seconds / books.connects if books.connects else 0.1,
+            )
+        fill = self.config.min_size - self.open if self.is_warm else 0
+        return max(demand, fill, self.owed + self._in_flight["replacement"])
+
+    def _let_waiters_connect(self, now: float) -> None:
+        """Let the callers who wait longest connect themselves (``upkeep="inline"``)."""
+        while self.waiting and self._may_connect_itself():
+            request = next(iter(self.waiting))
+            self._leave_queue(request, now)
+            slot = self._connect_itself(request, now)
+            slot.request = request
+            request.slot = slot
+            self.decisions.append(Wake(request))
+
+    def starting(self, slot: Slot, now: float) -> bool:
+        """Ask, at the moment an attempt would begin, whether anybody still wants it.
+
+        :return: False if the demand is gone; the slot is gone with it.
+        """
+        if self.phase == "closed" or slot.reason is not None:
+            needed = False
+        elif slot.purpose == "demand":
+            needed = self._in_flight["demand"] <= len(self.waiting)
+        else:
+            needed = True
+        if needed:
+            slot.started_at = now
+            return True
+        self._forget_attempt(slot)
+        self._grow(now)
+        return False
+
+    def connected(self, slot: Slot, now: float) -> None:
+        """Say that a connection was opened; ``slot.resource`` is set."""
+        books = self.books
+        if self.waiting:
+            self.advance(now)
+        self._attempt_ended(slot)
+        self._backoff.succeeded()
+        books.connects += 1
+        books.connect_time.record(now - slot.started_at)
+        slot.opened_at = slot.idle_since = now
+        if slot.reason is None:
+            self._set_age(slot, now)
+        if slot.replaces is not None:
+            self._retire_replaced(slot, now)
+        if slot.is_own_connect:
+            self._serve_own_connect(slot, now)
+        elif slot.reason is not None:
+            self._retire(slot, now, slot.reason)
+        elif len(self.slots) - self.closing > self._limit:
+            self._retire(slot, now, "resize")
+        else:
+            idle_since = slot.idle_since
+            self._offer(slot, now)
+            if slot.state == IDLE:
+                slot.idle_since = idle_since
+        self._grow(now)
+
+    def _serve_own_connect(self, slot: Slot, now: float) -> None:
+        slot.is_own_connect = False
+        request, slot.request = slot.request, None
+        if self.phase == "closed":
+            self.books.requesting -= 1
+            self.books.failed += 1
+            self._record_wait(request, served=False)
+            self._retire(slot, now, "closed")
+        else:
+            self._hand_out(slot, now, slot.label, slot.caller)
+            self._settle(slot, request, now)
+
+    def _retire_replaced(self, slot: Slot, now: float) -> None:
+        """Let the aged connection go that this one replaces."""
+        aged, slot.replaces = slot.replaces, None
+        if aged is None or aged.state == GONE or aged.state == CLOSING:
+            return
+        # the replacement must not look busier than what it replaces, or nothing ever shrinks
+        slot.idle_since = aged.idle_since
+        if aged.state == IDLE:
+            self.idle.remove(aged)
+            self._retire(aged, now, "age")
+        else:
+            aged.reason = "age"
+            aged.review_at = _REVIEW
+
+    def _set_age(self, slot: Slot, now: float) -> None:
+        """Set when this connection ages and when it expires."""
+        lifetime = self.config.max_lifetime
+        if lifetime is None:
+            slot.ages_at = slot.expires_at = slot.review_at = inf
+            return
+        self._opened += 1
+        slot.expires_at = now + lifetime
+        slot.ages_at = now + lifetime * spread_age(self._offset, self._opened)
+        slot.review_at = slot.ages_at
+
+    def connect_failed(self, slot: Slot, now: float, error: BaseException) -> None:
+        """Say that an attempt has failed.
+
+        With no connection open the caller who waits longest gets the error, unless the attempts
+        still in flight are enough for all who wait; otherwise everybody waits on for those that
+        are open, and growth backs off.
+        """
+        books = self.books
+        if self.waiting:
+            self.advance(now)
+        self._attempt_ended(slot)
+        self._drop(slot)
+        books.connect_failures += 1
+        if slot.replaces is not None:
+            slot.replaces.is_replaced = False
+            slot.replaces.review_at = _REVIEW
+        elif slot.purpose == "replacement":
+            self.owed += 1
+        self._backoff.failed(now, self._chance())
+        if slot.is_own_connect:
+            request, slot.request = slot.request, None
+            books.requesting -= 1
+            books.failed += 1
+            self._record_wait(request, served=False)
+        elif self.waiting and not self.open and self._in_turn < len(self.waiting):
+            request = next(iter(self.waiting))
+            request.error = error
+            self._fail_waiting(request, now, "failed")
+        self._grow(now)
+
+    def _attempt_ended(self, slot: Slot) -> None:
+        self.connecting -= 1
+        if slot.overdue:
+            self.overdue -= 1
+        else:
+            self._in_flight[slot.purpose] -= 1
+
+    def _forget_attempt(self, slot: Slot) -> None:
+        self._attempt_ended(slot)
+        self._drop(slot)
+
+    def _drop(self, slot: Slot) -> None:
+        """Free the place."""
+        slot.state = GONE
+        del self.slots[slot]
+
+    # -- closing -----------------------------------------------------------------------------
+
+    def _retire(self, slot: Slot, now: float, reason: CloseReason) -> None:
+        """Have a connection closed that nobody holds and that is not in ``idle``."""
+        if self.waiting:
+            self.advance(now)
+        slot.state = CLOSING
+        slot.reason = reason
+        self.closing += 1
+        if reason in ("age", "uses") and not slot.is_replaced:
+            self.owed += 1
+        self.decisions.append(Close(slot))
+
+    def closed(self, slot: Slot, now: float) -> None:
+        """Say that a ``closing`` connection is closed; its place is free now."""
+        if self.waiting:
+            self.advance(now)
+        self.closing -= 1
+        assert slot.reason is not None
+        self.books.count_close(slot.reason)
+        self._drop(slot)
+        self._grow(now)
+
+    # -- as time goes by ---------------------------------------------------------------------
+
+    def tick(self, now: float) -> float:
+        """Do what is due: idleness, ages, overdue attempts, ``min_size``, growth.
+
+        :return: when to call again, at the latest.
+        """
+        if self.phase != "closed":
+            self._retire_idle(now)
+            self._retire_aged(now)
+            self._give_up_turns(now)
+            self._grow(now)
+        return self.next_tick(now)
+
+    def next_tick(self, now: float) -> float:
+        """Return when ``tick`` should be called, at the latest; infinity if nothing can be due."""
+        config = self.config
+        if self.waiting and len(self.slots) < self._limit:
+            return now + _REPEAT_GROWTH
+        if not self.slots and not self.owed and not (self.is_warm and config.min_size):
+            return inf
+        pause = 5.0
+        for period, parts in (
+            (config.idle_timeout, 8),
+            (config.max_lifetime, 32),
+            (config.connect_timeout if self.connecting else None, 8),
+        ):
+            if period is not None:
+                pause = min(pause, max(0.02, period / parts))
+        if self._backoff.until > now:
+            pause = min(pause, self._backoff.until - now)
+        return now + pause
+
+    def _retire_idle(self, now: float) -> None:
+        timeout = self.config.idle_timeout
+        if timeout is None:
+            return
+        min_size = self.config.min_size
+        while self.idle and self.open > min_size and now - self.idle[0].idle_since >= timeout:
+            self._retire(self.idle.popleft(), now, "idle")
+
+    def _retire_aged(self, now: float) -> None:
+        """Replace the idle connections that reached their age."""
+        for slot in [slot for slot in self.idle if slot.review_at <= now]:
+            reason = slot.reason or self._reason_to_retire(slot, now)
+            if reason is None:
+                self._postpone_review(slot, now)
+            else:
+                self.idle.remove(slot)
+                self._retire(slot, now, reason)
+
+    def _give_up_turns(self, now: float) -> None:
+        if not self.connecting:
+            return
+        for slot in self.slots:
+            if (
+                slot.state == CONNECTING
+                and now - slot.started_at >= self.config.connect_timeout
+            ):
+                self._give_up_turn(slot)
+
+    def _give_up_turn(self, slot: Slot) -> None:
+        if not slot.overdue:
+            slot.overdue = True
+            self.overdue += 1
+            self._in_flight[slot.purpose] -= 1
+
+    # -- from the owner of the pool ----------------------------------------------------------
+
+    def warm(self, now: float) -> None:
+        """Start to keep ``min_size`` connections open."""
+        self.is_warm = True
+        self._grow(now)
+
+    def retire_all(self, now: float, reason: CloseReason = "retired") -> None:
+        """Retire every connection: idle ones now, the others when they come back."""
+        while self.idle:
+            self._retire(self.idle.popleft(), now, reason)
+        for slot in self.slots:
+            if slot.state != CLOSING and slot.reason is None:
+                slot.reason = reason
+                slot.review_at = slot.expires_at = _REVIEW
+                if slot.state == CONNECTING and not slot.is_own_connect:
+                    # what it opens is unwanted, so it must not keep a wanted attempt from its turn
+                    self._give_up_turn(slot)
+        self._grow(now)
+
+    def dispose(self, now: float) -> None:
+        """Retire the idle connections; the pool goes on."""
+        while self.idle:
+            self._retire(self.idle.popleft(), now, "disposed")
+        self.is_warm = False
+
+    def resize(self, config: PoolConfig, now: float) -> None:
+        """Adopt other limits: grow for those who wait, or shrink, idle connections first."""
+        self._adopt(config)
+        for slot in self.slots:
+            slot.review_at = _REVIEW
+        while self.idle and len(self.slots) - self.closing > self._limit:
+            self._retire(self.idle.popleft(), now, "resize")
+        self._grow(now)
+
+    def pause(self) -> None:
+        """Hand nothing out until ``resume``; callers queue."""
+        if self.phase == "open":
+            self.phase = "paused"
+
+    def resume(self, now: float) -> None:
+        """Hand out again, to those who waited first."""
+        if self.phase == "paused":
+            self.phase = "open"
+            while self.waiting and (slot := self._freshest_idle(now)) is not None:
+                self._grant(slot, now)
+            self._grow(now)
+
+    def close(self, now: float) -> None:
+        """Hand nothing out any more: fail those who wait, retire what is idle or comes back."""
+        self.phase = "closed"
+        self.owed = 0
+        for request in list(self.waiting):
+            self._fail_waiting(request, now, "closed")
+        self.retire_all(now, "closed")

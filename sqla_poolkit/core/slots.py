@@ -1,0 +1,191 @@
+"""What the state machine moves about: slots, the requests that wait for them, and decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from math import inf
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    from .books import Row
+
+__all__ = ["Close", "CloseReason", "Decision", "Open", "Request", "Slot", "State", "Wake"]
+
+State = Literal["idle", "checked_out", "connecting", "checking", "closing", "gone"]
+IDLE: Final = "idle"
+CHECKED_OUT: Final = "checked_out"
+CONNECTING: Final = "connecting"
+CHECKING: Final = "checking"
+CLOSING: Final = "closing"
+GONE: Final = "gone"
+
+CloseReason = Literal[
+    "age",
+    "idle",
+    "uses",
+    "overflow",
+    "probe",
+    "ping",
+    "invalidated",
+    "reset",
+    "generation",
+    "retired",
+    "resize",
+    "disposed",
+    "closed",
+    "leaked",
+    "setup",
+]
+
+Purpose = Literal["demand", "replacement", "fill"]
+Failure = Literal["timeout", "rejected", "cancelled", "failed", "unavailable", "closed"]
+
+
+class Slot:
+    """A place in the pool, with or without an open connection."""
+
+    __slots__ = (
+        "ages_at",
+        "asked_at",
+        "caller",
+        "caller_row",
+        "expires_at",
+        "held_since",
+        "idle_since",
+        "is_fresh",
+        "is_own_connect",
+        "is_replaced",
+        "is_requested",
+        "label",
+        "label_row",
+        "mark",
+        "needs_ping",
+        "opened_at",
+        "overdue",
+        "purpose",
+        "reason",
+        "replaces",
+        "request",
+        "resource",
+        "review_at",
+        "started_at",
+        "state",
+        "uses",
+    )
+
+    def __init__(self, now: float, purpose: Purpose) -> None:
+        self.state: State = CONNECTING
+        self.resource: Any = None
+        """What the driver keeps in this slot; the state machine never looks at it."""
+        self.purpose: Purpose = purpose
+        self.replaces: Slot | None = None
+        self.is_replaced = False
+        self.overdue = False
+        """The attempt took longer than ``connect_timeout`` and gave up its turn."""
+        self.started_at = now
+        self.opened_at = now
+        self.idle_since = now
+        self.is_fresh = True
+        self.uses = 0
+        self.ages_at = inf
+        """From here on a replacement is looked for."""
+        self.expires_at = inf
+        """From here on the connection is never handed out."""
+        self.review_at = inf
+        """A checkin at or after this moment asks whether the connection may stay."""
+        self.reason: CloseReason | None = None
+        """Why the connection has to go when it next can."""
+        self.needs_ping = False
+        self.is_own_connect = False
+        self.request: Request | None = None
+        """The request it was granted to, until that has accepted it."""
+        self.is_requested = False
+        """Its holder's request is not settled yet, so it still counts as ``requesting``."""
+        self.asked_at = now
+        self.held_since = now
+        self.mark = 0.0
+        self.label: str | None = None
+        self.caller: Hashable = None
+        self.label_row: Row | None = None
+        self.caller_row: Row | None = None
+
+    def __repr__(self) -> str:
+        return f"<Slot {self.state}, {self.uses} uses>"
+
+
+class Request:
+    """A caller that waits; the driver parks it on ``parker`` until it is granted or has failed."""
+
+    state: Final = "waiting"  # so that a driver can tell it from a slot by one attribute
+
+    __slots__ = (
+        "asked_at",
+        "caller",
+        "deadline",
+        "error",
+        "failure",
+        "has_queued",
+        "label",
+        "parker",
+        "queued_at",
+        "slot",
+        "ticket",
+        "waited",
+    )
+
+    def __init__(
+        self,
+        ticket: int,
+        asked_at: float,
+        now: float,
+        deadline: float | None,
+        label: str | None,
+        caller: Hashable,
+    ) -> None:
+        self.ticket = ticket
+        self.asked_at = asked_at
+        self.queued_at = now
+        self.deadline = deadline
+        self.label = label
+        self.caller = caller
+        self.has_queued = False
+        self.waited = 0.0
+        """Seconds in the queue so far, but for the present stay."""
+        self.slot: Slot | None = None
+        self.failure: Failure | None = None
+        self.error: BaseException | None = None
+        self.parker: Any = None
+
+    def __repr__(self) -> str:
+        state = "granted" if self.slot else self.failure or "waiting"
+        return f"<Request {self.ticket} {state}>"
+
+
+class Open:
+    """Decision: start a connection attempt for this slot."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class Close:
+    """Decision: close this slot's connection, then say so with ``Machine.closed``."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+
+class Wake:
+    """Decision: this request was granted a slot, or has failed; wake its caller."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+
+Decision = Open | Close | Wake

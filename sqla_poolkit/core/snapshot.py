@@ -1,0 +1,467 @@
+"""One consistent reading of a pool, frozen; what lies between two readings; many as one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .books import Books, Row
+from .histogram import Histogram
+from .machine import Machine
+from .slots import Slot
+
+__all__ = ["HolderTotals", "PoolInterval", "PoolSnapshot", "SlotReading", "read_machine"]
+
+UNLABELLED = "(unlabelled)"
+
+_GAUGES = (
+    "open",
+    "idle",
+    "checked_out",
+    "checking",
+    "connecting",
+    "closing",
+    "requesting",
+    "waiting",
+)
+_COUNTERS = (
+    "requests",
+    "checkouts",
+    "waits",
+    "timeouts",
+    "rejected",
+    "cancelled",
+    "failed",
+    "unavailable",
+    "checkins",
+    "connects",
+    "connect_failures",
+    "pings",
+    "probes",
+    "ping_failures",
+    "reset_failures",
+    "invalidations",
+    "detached",
+    "forgotten",
+    "observer_errors",
+)
+_HISTOGRAMS = ("checkout_time", "wait_time", "connect_time", "use_time", "failed_wait_time")
+
+
+@dataclass(frozen=True, slots=True)
+class HolderTotals:
+    """What one label or caller did, holds and waits in progress included.
+
+    ``wait_caused_seconds`` is its part of everybody's waiting: at each instant the waiting is
+    split equally over the slots that are not idle, and a holder answers for its slots.
+    """
+
+    checkouts: int = 0
+    use_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    wait_caused_seconds: float = 0.0
+
+    def __add__(self, other: HolderTotals) -> HolderTotals:
+        """Return both together."""
+        return HolderTotals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, earlier: HolderTotals) -> HolderTotals:
+        """Return what was added since ``earlier``."""
+        return HolderTotals(
+            *(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReading:
+    """One slot at the moment of the snapshot; times in seconds, None where they do not apply."""
+
+    state: str
+    age_seconds: float | None
+    """Since its connection was opened, or since the attempt began."""
+    idle_seconds: float | None
+    uses: int
+    label: str | None
+    caller: str | None
+    held_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """One consistent reading of a pool.
+
+    Taken under the pool's lock, so it always adds up: ``open = idle + checked_out + checking``,
+    ``open + connecting + closing <= max_size``, ``connects - sum(closes) - detached - forgotten =
+    open + closing`` and ``requests = checkouts + timeouts + rejected + cancelled + failed +
+    unavailable + requesting``.  ``None`` means that this kind of pool cannot know.
+
+    ``later - earlier`` is a :class:`PoolInterval`; :meth:`merge` puts several processes together.
+    """
+
+    name: str
+    pool_class: str
+    pid: int | None
+    taken_at: float
+    """Wall clock, seconds since the epoch."""
+    uptime_seconds: float
+    settings: Mapping[str, Any]
+
+    open: int
+    """Connections open: idle, checked out or being checked."""
+    idle: int
+    checked_out: int
+    checking: int
+    """Being seen to be alive before they are handed out."""
+    connecting: int
+    closing: int
+    requesting: int
+    """Callers that asked and are neither served nor turned away yet; ``waiting`` are among them."""
+    waiting: int | None
+    oldest_wait_seconds: float | None
+    """How long the first in the queue has waited; 0 when nobody waits."""
+    waiting_seconds: float | None
+    """All waits in progress, added up."""
+    min_size: int | None
+    max_size: int | None
+    """The limit; None if there is none."""
+    is_unlimited: bool
+    peak_checked_out: int | None
+    peak_waiting: int | None
+
+    requests: int
+    checkouts: int
+    """Requests that were served."""
+    waits: int | None
+    """Requests that had to queue, whatever became of them."""
+    timeouts: int
+    rejected: int
+    """Turned away because ``max_waiting`` callers waited already."""
+    cancelled: int
+    failed: int
+    """Requests that ended in the driver's or a listener's error, or in a closed pool."""
+    unavailable: int
+    checkins: int
+    connects: int
+    connect_failures: int
+    pings: int | None
+    probes: int | None
+    ping_failures: int | None
+    reset_failures: int | None
+    invalidations: int
+    detached: int
+    forgotten: int
+    """Connections let go without closing: after a fork, or with their event loop."""
+    closes: Mapping[str, int]
+    """How many connections were closed, by reason."""
+    observer_errors: int
+
+    checkout_time: Histogram
+    """From asking to having, of requests that were served."""
+    wait_time: Histogram | None
+    """In the queue, of requests that were served."""
+    connect_time: Histogram
+    use_time: Histogram
+    """From checkout to checkin."""
+    failed_wait_time: Histogram | None
+    """In the queue, of requests that were not served."""
+
+    slots: tuple[SlotReading, ...]
+    labels: Mapping[str, HolderTotals]
+    """Totals per ``held_by`` label; ``(unlabelled)`` for the rest, ``(connecting)``,
+    ``(checking)``, ``(closing)`` and ``(pool)`` for the waiting that no holder caused."""
+    callers: Mapping[str, HolderTotals] | None
+    """The same per place in the program; None if ``track="label"``."""
+
+    def __sub__(self, earlier: PoolSnapshot) -> PoolInterval:
+        """Return what happened between ``earlier`` and this snapshot of the same pool."""
+        return PoolInterval(
+            name=self.name,
+            started_at=earlier.taken_at,
+            seconds=self.uptime_seconds - earlier.uptime_seconds,
+            closes=_less(self.closes, earlier.closes),
+            labels=_rows_less(self.labels, earlier.labels),
+            callers=_maybe(_rows_less, self.callers, earlier.callers),
+            **{n: _maybe(_minus, getattr(self, n), getattr(earlier, n)) for n in _COUNTERS},
+            **{n: _maybe(_minus, getattr(self, n), getattr(earlier, n)) for n in _HISTOGRAMS},
+        )
+
+    @classmethod
+    def merge(cls, snapshots: Iterable[PoolSnapshot], name: str | None = None) -> PoolSnapshot:
+        """Return the snapshots of several pools or processes as one.
+
+        Counts, durations and rows are added up; the oldest wait is the oldest of all; what only
+        one process can know (pid, peaks) is None, settings are those on which all agree.
+
+        :raises ValueError: without any snapshot.
+        """
+        each = list(snapshots)
+        if not each:
+            raise ValueError("there is nothing to merge: give at least one snapshot")
+        first = each[0]
+        limits = [snapshot.max_size for snapshot in each]
+        names = {snapshot.name for snapshot in each}
+        classes = {snapshot.pool_class for snapshot in each}
+        return cls(
+            name=name or (first.name if len(names) == 1 else ", ".join(sorted(names))),
+            pool_class=first.pool_class if len(classes) == 1 else ", ".join(sorted(classes)),
+            pid=None,
+            taken_at=max(snapshot.taken_at for snapshot in each),
+            uptime_seconds=max(snapshot.uptime_seconds for snapshot in each),
+            settings={
+                key: value
+                for key, value in first.settings.items()
+                if all(key in s.settings and s.settings[key] == value for s in each)
+            },
+            oldest_wait_seconds=_total(max, [s.oldest_wait_seconds for s in each]),
+            waiting_seconds=_total(sum, [s.waiting_seconds for s in each]),
+            min_size=_total(sum, [s.min_size for s in each]),
+            max_size=_total(sum, limits),
+            is_unlimited=any(s.is_unlimited for s in each),
+            peak_checked_out=None,
+            peak_waiting=None,
+            closes=_merge_maps([s.closes for s in each]),
+            slots=tuple(reading for s in each for reading in s.slots),
+            labels=_merge_maps([s.labels for s in each]),
+            callers=_total(_merge_maps, [s.callers for s in each]),
+            **{n: _total(sum, [getattr(s, n) for s in each]) for n in (*_GAUGES, *_COUNTERS)},
+            **{n: _total(_sum_histograms, [getattr(s, n) for s in each]) for n in _HISTOGRAMS},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the snapshot JSON-ready; ``version`` changes when a name goes or changes."""
+        return {"version": 1, **_plain(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInterval:
+    """What happened in a pool between two snapshots."""
+
+    name: str
+    started_at: float
+    """Wall clock, seconds since the epoch."""
+    seconds: float
+    requests: int
+    checkouts: int
+    waits: int | None
+    timeouts: int
+    rejected: int
+    cancelled: int
+    failed: int
+    unavailable: int
+    checkins: int
+    connects: int
+    connect_failures: int
+    pings: int | None
+    probes: int | None
+    ping_failures: int | None
+    reset_failures: int | None
+    invalidations: int
+    detached: int
+    forgotten: int
+    closes: Mapping[str, int]
+    observer_errors: int
+    checkout_time: Histogram
+    wait_time: Histogram | None
+    connect_time: Histogram
+    use_time: Histogram
+    failed_wait_time: Histogram | None
+    labels: Mapping[str, HolderTotals]
+    callers: Mapping[str, HolderTotals] | None
+
+    def per_second(self, counter: str) -> float:
+        """Return the rate of a counter, for example ``per_second("checkouts")``.
+
+        :raises ValueError: if ``counter`` is none of the interval's counters.
+        """
+        if counter not in _COUNTERS:
+            raise ValueError(f"{counter!r} is not a counter; there are: {', '.join(_COUNTERS)}")
+        value = getattr(self, counter)
+        return value / self.seconds if value and self.seconds > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the interval JSON-ready."""
+        return {"version": 1, **_plain(self)}
+
+
+# -- reading a state machine -----------------------------------------------------------------
+
+
+def read_books(
+    books: Books, now: float, describe: Callable[[Hashable], str] | None
+) -> dict[str, Any]:
+    """Return the fields of a snapshot that come from the books alone.
+
+    :param describe: turns a caller as it was remembered into text; None if none are tracked.
+    """
+    values: dict[str, Any] = {
+        name: getattr(books, name)
+        for name in (*_COUNTERS, "peak_checked_out", "peak_waiting", "requesting")
+    }
+    values.update({name: getattr(books, name).freeze() for name in _HISTOGRAMS})
+    values["uptime_seconds"] = now - books.started_at
+    values["closes"] = dict(books.closes)
+    causes = {
+        "(connecting)": books.caused_by_connecting,
+        "(checking)": books.caused_by_checking,
+        "(closing)": books.caused_by_closing,
+        "(pool)": books.caused_by_pool,
+    }
+    reserved = {
+        name: HolderTotals(wait_caused_seconds=seconds)
+        for name, seconds in causes.items()
+        if seconds
+    }
+    values["labels"] = reserved | {
+        UNLABELLED if label is None else str(label): _totals(row)
+        for label, row in books.labels.items()
+    }
+    values["callers"] = None
+    if describe is not None:
+        callers: dict[str, HolderTotals] = dict(reserved)
+        for caller, row in books.callers.items():
+            text = describe(caller)
+            callers[text] = callers.get(text, HolderTotals()) + _totals(row)
+        values["callers"] = callers
+    return values
+
+
+def _totals(row: Row) -> HolderTotals:
+    return HolderTotals(
+        row.checkouts, row.use_seconds, row.wait_seconds, row.wait_caused_seconds
+    )
+
+
+def add_holds(
+    values: dict[str, Any],
+    holds: Iterable[tuple[str | None, str | None, HolderTotals]],
+) -> None:
+    """Add holds and waits in progress (label, caller, part) to the rows of ``read_books``."""
+    labels, callers = values["labels"], values["callers"]
+    for label, caller, part in holds:
+        key = UNLABELLED if label is None else label
+        labels[key] = labels.get(key, HolderTotals()) + part
+        if callers is not None and caller is not None:
+            callers[caller] = callers.get(caller, HolderTotals()) + part
+
+
+def read_machine(
+    machine: Machine, now: float, describe: Callable[[Hashable], str] | None
+) -> dict[str, Any]:
+    """Return the fields of a snapshot that the state machine knows; to be called under its lock."""
+    books = machine.books
+    if machine.waiting:
+        machine.advance(now)
+    values = read_books(books, now, describe)
+    waits = [now - request.queued_at + request.waited for request in machine.waiting]
+    granted = [slot.request for slot in machine.slots if slot.request is not None]
+    waits += [request.waited for request in granted]
+    config = machine.config
+    values.update(
+        settings=config.public(),
+        open=machine.open,
+        idle=len(machine.idle),
+        checked_out=machine.checked_out,
+        checking=machine.checking,
+        connecting=machine.connecting,
+        closing=machine.closing,
+        waiting=len(machine.waiting),
+        oldest_wait_seconds=max(waits, default=0.0),
+        waiting_seconds=sum(waits),
+        min_size=config.min_size,
+        max_size=config.max_size,
+        is_unlimited=config.max_size is None,
+        slots=tuple(_read_slot(slot, now, describe) for slot in machine.slots),
+    )
+    name = describe or (lambda caller: None)
+    held = [
+        (
+            slot.label,
+            None if slot.caller is None else name(slot.caller),
+            HolderTotals(0, now - slot.held_since, 0.0, books.caused - slot.mark),
+        )
+        for slot in machine.slots
+        if slot.state == "checked_out"
+    ]
+    queued = [
+        (
+            request.label,
+            None if request.caller is None else name(request.caller),
+            HolderTotals(wait_seconds=now - request.queued_at + request.waited),
+        )
+        for request in machine.waiting
+    ]
+    add_holds(values, held + queued)
+    return values
+
+
+def _read_slot(
+    slot: Slot, now: float, describe: Callable[[Hashable], str] | None
+) -> SlotReading:
+    is_held = slot.state == "checked_out"
+    has_caller = slot.state in ("checked_out", "checking")
+    return SlotReading(
+        state=slot.state,
+        age_seconds=now - (slot.started_at if slot.state == "connecting" else slot.opened_at),
+        idle_seconds=now - slot.idle_since if slot.state == "idle" else None,
+        uses=slot.uses,
+        label=slot.label if has_caller else None,
+        caller=describe(slot.caller) if has_caller and describe and slot.caller else None,
+        held_seconds=now - slot.held_since if is_held else None,
+    )
+
+
+# -- arithmetic where None means "not known" -------------------------------------------------
+
+
+def _maybe(combine: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
+    return None if one is None or other is None else combine(one, other)
+
+
+def _minus(later: Any, earlier: Any) -> Any:
+    return later - earlier
+
+
+def _total(combine: Callable[[list[Any]], Any], values: list[Any]) -> Any:
+    return None if any(value is None for value in values) else combine(values)
+
+
+def _sum_histograms(histograms: list[Histogram]) -> Histogram:
+    total = Histogram()
+    for histogram in histograms:
+        total = total + histogram
+    return total
+
+
+def _merge_maps(maps: list[Mapping[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for each in maps:
+        for key, value in each.items():
+            merged[key] = merged[key] + value if key in merged else value
+    return merged
+
+
+def _less(later: Mapping[str, int], earlier: Mapping[str, int]) -> dict[str, int]:
+    return {key: value - earlier.get(key, 0) for key, value in later.items()}
+
+
+def _rows_less(
+    later: Mapping[str, HolderTotals], earlier: Mapping[str, HolderTotals]
+) -> dict[str, HolderTotals]:
+    return {key: row - earlier.get(key, HolderTotals()) for key, row in later.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON knows it."""
+    if isinstance(value, Histogram):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)

@@ -1,0 +1,75 @@
+"""What can go wrong, in sentences, inside SQLAlchemy's own hierarchy.
+
+``except sqlalchemy.exc.TimeoutError`` and ``except sqlalchemy.exc.OperationalError`` keep working
+in programs that were written for QueuePool.  Every error can be pickled.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import exc
+from sqlalchemy.exc import ArgumentError
+
+if TYPE_CHECKING:
+    from .core.snapshot import PoolSnapshot
+
+__all__ = [
+    "ArgumentError",
+    "PoolClosed",
+    "PoolMisuse",
+    "PoolOverloaded",
+    "PoolTimeout",
+    "PoolUnavailable",
+]
+
+
+class PoolTimeout(exc.TimeoutError):
+    """No connection could be had within ``pool_timeout`` seconds.
+
+    Carries the code ``3o7r`` of QueuePool's timeout.  ``snapshot`` is the whole state of the pool,
+    read when the caller gave up; ``None`` where the pool keeps no books.
+    """
+
+    def __init__(self, message: str, snapshot: PoolSnapshot | None = None) -> None:
+        super().__init__(message, code="3o7r")
+        self.snapshot = snapshot
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.args[0], self.snapshot))
+
+
+class PoolOverloaded(exc.TimeoutError):
+    """More than ``max_waiting`` callers were waiting already, so this one was turned away at once.
+
+    ``gauges`` holds the pool's gauges at that moment (``waiting``, ``checked_out``, ...).
+    """
+
+    def __init__(self, message: str, gauges: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.gauges = gauges or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.args[0], self.gauges))
+
+
+class PoolUnavailable(exc.OperationalError):
+    """The database is known to be down; ``orig`` is what the driver said when it was last tried."""
+
+    def __init__(self, message: str, orig: BaseException | None = None) -> None:
+        super().__init__(None, None, orig or ConnectionError(message))
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.message, self.orig))
+
+
+class PoolClosed(exc.InvalidRequestError):
+    """The pool was closed for good by ``pool.close()``; make a new engine to connect again."""
+
+
+class PoolMisuse(exc.InvalidRequestError):
+    """The pool was used in a way that cannot work, as the message says."""

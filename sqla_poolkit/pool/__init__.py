@@ -1,0 +1,1 @@
+"""SQLAlchemy's Pool on top of the state machine."""

@@ -1,0 +1,670 @@
+"""The thread driver: carries out with threads what the state machine decides.
+
+One driver serves a pool and all its successors (``engine.dispose()`` makes a new pool object), so
+limit, queue, totals and name outlive any of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..config import UNSET, PoolConfig
+from ..core.holders import current_label
+from ..core.machine import Machine
+from ..core.slots import CHECKED_OUT, CHECKING, CONNECTING, Close, CloseReason, Open, Request, Slot
+from ..core.snapshot import PoolSnapshot, read_machine
+from ..errors import PoolClosed, PoolMisuse, PoolTimeout
+from . import _liveness, _sqlalchemy, _sync
+from ._callers import caller_finder, describe_caller
+from ._messages import overloaded_error, timeout_error
+from ._sqlalchemy import ConnectionPoolEntry
+from ._upkeep import Upkeep
+from ._workers import Workers
+
+if TYPE_CHECKING:
+    from ..core.slots import Decision
+    from .managed import ManagedPool
+
+__all__ = ["ThreadDriver"]
+
+_AUDIT_SECONDS = 1.0
+
+
+class _Detached:
+    """A return that leaves its connection with the holder."""
+
+    __slots__ = ("record",)
+
+    def __init__(self, record: ConnectionPoolEntry) -> None:
+        self.record = record
+
+
+class ThreadDriver:
+    """The lock, the threads and the connections of one pool.
+
+    The lock guards the state machine and the attributes below it.  While it is held there is no
+    I/O, no user code and no logging.  It is re-entrant only so that a thread can tell that it
+    holds it: the garbage collector may return a connection inside any allocation, so returns go
+    through ``_inbox``, and whoever holds the lock leaves it to be emptied after the release.
+    """
+
+    def __init__(self, config: PoolConfig) -> None:
+        self._lock = _sync.RLock()
+        self._clock = _sync.monotonic
+        self.machine = Machine(config, self._clock(), random.random)
+        self._slots: dict[ConnectionPoolEntry, Slot] = {}
+        self._spares: list[ConnectionPoolEntry] = []
+        """Records without a connection, to be filled again; their ``record_info`` survives."""
+        self._suspects: dict[Slot, int] = {}
+        self._next_audit = 0.0
+
+        self._inbox: deque[ConnectionPoolEntry | _Detached] = deque()
+        self._backlog: deque[Decision] = deque()
+        """What a return decided, for the upkeep: a return must not start threads."""
+        self._watchers: list[_sync.Parker] = []
+        self._next_upkeep = 0.0
+        self.last_connect_error: str | None = None
+        self._pool: Callable[[], ManagedPool | None] = lambda: None
+        self._find_caller: Callable[[], Hashable] = caller_finder(config.track)
+        self._describe = None if config.track == "label" else describe_caller
+        self._is_inline = config.upkeep == "inline"
+        self._workers = Workers(config.name)
+        self._upkeep = Upkeep(config.name, self)
+
+    @property
+    def config(self) -> PoolConfig:
+        """The present settings."""
+        return self.machine.config
+
+    def serve(self, pool: ManagedPool) -> None:
+        """Open connections for this pool from now on; those of its predecessors are retired."""
+        predecessor = self._pool()
+        self._pool = weakref.ref(pool)
+        if predecessor is not None:
+            with self._lock:
+                self._spares.clear()
+                self.machine.retire_all(self._clock(), "disposed")
+                decisions = self.machine.take_decisions()
+            self._carry_out(decisions)
+
+    # -- checkout ----------------------------------------------------------------------------
+
+    def checkout(self, pool: ManagedPool) -> ConnectionPoolEntry:
+        """Return a record with a live connection, within the deadline.
+
+        :raises PoolTimeout, PoolOverloaded, PoolClosed: as the state machine decided.
+        """
+        asked_at = self._clock()
+        label = current_label.get()
+        caller = self._find_caller()
+        machine = self.machine
+        decisions = None
+        with self._lock:
+            got = machine.checkout(asked_at, self._clock(), label, caller)
+            if got.state == CHECKED_OUT:
+                if _sqlalchemy.has_listeners(pool, "checkout"):
+                    machine.hold_back(got)
+            elif got.state == "waiting":
+                got.parker = _sync.Parker()
+            if machine.decisions:
+                decisions = machine.take_decisions()
+        if decisions or self._inbox:
+            self._carry_out(decisions)
+        if got.state == CHECKED_OUT:
+            return got.resource
+        return self._obtain(got, pool)
+
+    def _obtain(self, got: Slot | Request, pool: ManagedPool) -> ConnectionPoolEntry:
+        """Bring a checkout to its end that could not be served at once."""
+        while True:
+            if isinstance(got, Request):
+                got = self._wait(got, pool)
+            elif got.state == CHECKED_OUT:
+                return got.resource
+            elif got.state == CHECKING:
+                got = self._check(got, pool)
+            elif got.state == CONNECTING:
+                got = self._connect_here(got, pool)
+            else:
+                raise PoolClosed(self._closed_message())
+
+    def _step(self, change: Callable[[], Any], pool: ManagedPool) -> Any:
+        """Make one change under the lock, and carry out what it decides."""
+        with self._lock:
+            got = change()
+            if isinstance(got, Slot):
+                if got.state == CHECKED_OUT and _sqlalchemy.has_listeners(pool, "checkout"):
+                    self.machine.hold_back(got)
+            elif isinstance(got, Request) and got.parker is None:
+                got.parker = _sync.Parker()
+            decisions = self.machine.take_decisions()
+        self._carry_out(decisions)
+        return got
+
+    def _wait(self, request: Request, pool: ManagedPool) -> Slot:
+        """Sleep until the request is granted, has failed, or its deadline passes."""
+        machine = self.machine
+        slot: Slot | None = None
+        if request.failure is None:
+            deadline = request.deadline
+            try:
+                self._mind_growth()
+                was_woken = request.parker.park(
+                    None if deadline is None else deadline - self._clock()
+                )
+                end = machine.claim if was_woken else machine.expire
+                slot = self._step(lambda: end(request, self._clock()), pool)
+            except BaseException:
+                self._step(lambda: machine.cancel(request, self._clock()), pool)
+                raise
+        if slot is None:
+            raise self._failure(request)
+        return slot
+
+    def _failure(self, request: Request) -> BaseException:
+        """Return what the caller of a failed request gets to see."""
+        error, request.error = request.error, None
+        if error is not None:
+            return error
+        if request.failure == "closed":
+            return PoolClosed(self._closed_message())
+        waited = self._clock() - request.asked_at
+        if request.failure == "rejected":
+            with self._lock:
+                gauges = self._gauges()
+            return overloaded_error(self.config, gauges)
+        return timeout_error(self.snapshot(), waited, self.last_connect_error)
+
+    def _closed_message(self) -> str:
+        return (
+            f"pool {self.config.name!r} is closed: pool.close() was called, which is final; "
+            "create a new engine to connect again"
+        )
+
+    def _gauges(self) -> dict[str, int]:
+        machine = self.machine
+        return {
+            "open": machine.open,
+            "idle": len(machine.idle),
+            "checked_out": machine.checked_out,
+            "checking": machine.checking,
+            "connecting": machine.connecting,
+            "closing": machine.closing,
+            "requesting": machine.books.requesting,
+            "waiting": len(machine.waiting),
+        }
+
+    def _check(self, slot: Slot, pool: ManagedPool) -> Slot | Request:
+        """See whether the connection of a ``checking`` slot is alive."""
+        machine = self.machine
+        record = slot.resource
+        probe: _liveness.Probe | None = record.info.get(_PROBE)
+        stale: CloseReason | None = None
+        pinged = False
+        try:
+            if probe is None or slot.needs_ping or not probe():
+                pinged = True
+                if not _sqlalchemy.ping(pool, record.dbapi_connection):
+                    stale = "ping"
+        except BaseException as error:
+            failure = "failed" if isinstance(error, Exception) else "cancelled"
+            self._step(lambda: machine.check_interrupted(slot, self._clock(), failure), pool)
+            raise
+        probed = probe is not None
+        return self._step(
+            lambda: machine.checked(
+                slot, self._clock(), pinged=pinged, probed=probed, stale=stale
+            ),
+            pool,
+        )
+
+    def confirm(self, record: ConnectionPoolEntry | None) -> None:
+        """Count a checkout as served after its listeners agreed."""
+        with self._lock:
+            slot = self._slots.get(record) if record is not None else None
+            if slot is not None:
+                self.machine.confirm(slot)
+        if self._inbox:
+            self._carry_out(None)
+
+    # -- checkin -----------------------------------------------------------------------------
+
+    def checkin(self, record: ConnectionPoolEntry) -> None:
+        """Take a record back; never waits, never raises because of the network."""
+        self._inbox.append(record)
+        if self._lock._is_owned():
+            # the collector called us while this thread held the lock; it empties the inbox itself
+            return
+        self._carry_out_later(self._empty_inbox())
+
+    def detach(self, record: ConnectionPoolEntry) -> None:
+        """Free the place of a connection that its holder keeps for itself."""
+        self._inbox.append(_Detached(record))
+        if not self._lock._is_owned():
+            self._carry_out_later(self._empty_inbox())
+
+    def _empty_inbox(self) -> list[Decision]:
+        inbox = self._inbox
+        decisions: list[Decision] = []
+        while inbox:
+            with self._lock:
+                now = self._clock()
+                while inbox:
+                    self._take_back(inbox.popleft(), now)
+                if self.machine.decisions:
+                    decisions += self.machine.take_decisions()
+        return decisions
+
+    def _take_back(self, returned: ConnectionPoolEntry | _Detached, now: float) -> None:
+        is_detached = isinstance(returned, _Detached)
+        record = returned.record if isinstance(returned, _Detached) else returned
+        slot = self._slots.get(record)
+        if slot is None:
+            return
+        if record.dbapi_connection is None:
+            if self.machine.lost(slot, now, detached=is_detached):
+                self._let_go(slot)
+        else:
+            soft = _sqlalchemy.is_soft_invalidated(record)
+            self.machine.checkin(slot, now, "invalidated" if soft else None)
+
+    def _let_go(self, slot: Slot) -> None:
+        """Keep the emptied record of a slot that is gone, as far as QueuePool would."""
+        record, slot.resource = slot.resource, None
+        del self._slots[record]
+        if len(self._spares) + len(self.machine.slots) < self.config.pool_size:
+            self._spares.append(record)
+
+    # -- carrying out ------------------------------------------------------------------------
+
+    def _carry_out(self, decisions: list[Decision] | None) -> None:
+        """Do what was decided; the lock must not be held."""
+        todo = deque(decisions or ())
+        while True:
+            while todo:
+                decision = todo.popleft()
+                if isinstance(decision, Open):
+                    self._run(self._connect, decision.slot, todo)
+                elif isinstance(decision, Close):
+                    self._run(self._close, decision.slot, todo)
+                else:
+                    decision.request.parker.unpark()
+            if self._inbox and not self._lock._is_owned():
+                todo.extend(self._empty_inbox())
+            if not todo:
+                break
+        if decisions:
+            self._after_change()
+
+    def _carry_out_later(self, decisions: list[Decision]) -> None:
+        """Wake who was served now; leave what takes long, or needs a thread, to the upkeep."""
+        if not decisions:
+            return
+        if self._is_inline:
+            self._carry_out(decisions)
+            return
+        later = []
+        for decision in decisions:
+            if isinstance(decision, Open | Close):
+                later.append(decision)
+            else:
+                decision.request.parker.unpark()
+        if later:
+            self._backlog.extend(later)
+            self._wake_upkeep()
+
+    def _run(
+        self, job: Callable[[Slot], list[Decision]], slot: Slot, todo: deque[Decision]
+    ) -> None:
+        """Run a job in the background, or here where there are no threads."""
+        if not self._is_inline:
+            try:
+                self._workers.submit(lambda: self._carry_out(job(slot)))
+            except RuntimeError:
+                # no thread can be started: the interpreter is about to end
+                self._is_inline = True
+            else:
+                return
+        todo.extend(job(slot))
+
+    def _after_change(self) -> None:
+        for parker in list(self._watchers):
+            parker.unpark()
+        self._mind_growth()
+
+    def _mind_growth(self) -> None:
+        """See to it that the upkeep comes in time for what is due next."""
+        if self._is_inline:
+            return
+        if self.machine.next_tick(self._clock()) < self._next_upkeep:
+            self._wake_upkeep()
+
+    def _wake_upkeep(self) -> None:
+        try:
+            self._upkeep.wake()
+        except RuntimeError:
+            self._is_inline = True
+            backlog = list(self._backlog)
+            self._backlog.clear()
+            self._carry_out(backlog)
+
+    # -- connecting and closing --------------------------------------------------------------
+
+    def _connect(self, slot: Slot) -> list[Decision]:
+        """Open a connection for a slot, in the background."""
+        with self._lock:
+            wanted = self.machine.starting(slot, self._clock())
+            decisions = self.machine.take_decisions()
+        if not wanted:
+            return decisions
+        pool = self._pool()
+        try:
+            if pool is None:
+                raise PoolMisuse("the pool was dropped while it opened a connection")
+            record = self._open_record(pool)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, a caller waits for it
+            self._remember_error(error)
+            with self._lock:
+                self.machine.connect_failed(slot, self._clock(), error)
+                return decisions + self.machine.take_decisions()
+        with self._lock:
+            self._fill(slot, record)
+            self.machine.connected(slot, self._clock())
+            return decisions + self.machine.take_decisions()
+
+    def _connect_here(self, slot: Slot, pool: ManagedPool) -> Slot:
+        """Open a connection in the caller's own thread."""
+        machine = self.machine
+        try:
+            record = self._open_record(pool)
+        except BaseException as error:
+            self._remember_error(error)
+            self._step(lambda: machine.connect_failed(slot, self._clock(), error), pool)
+            raise
+
+        def change() -> Slot:
+            self._fill(slot, record)
+            machine.connected(slot, self._clock())
+            return slot
+
+        return self._step(change, pool)
+
+    def _fill(self, slot: Slot, record: ConnectionPoolEntry) -> None:
+        slot.resource = record
+        self._slots[record] = slot
+
+    def _open_record(self, pool: ManagedPool) -> ConnectionPoolEntry:
+        """Connect, in a record that was emptied before or in a new one."""
+        try:
+            record = self._spares.pop()
+        except IndexError:
+            record = pool._create_connection()
+        else:
+            try:
+                _sqlalchemy.refill(record)
+            except BaseException:
+                self._spares.append(record)
+                raise
+        if record.dbapi_connection is None:
+            raise PoolMisuse(
+                f"the creator of pool {self.config.name!r} returned None; "
+                "it must return a DBAPI connection or raise"
+            )
+        probe = _liveness.probe_for(record.dbapi_connection)
+        if probe is not None:
+            record.info[_PROBE] = probe
+        return record
+
+    def _remember_error(self, error: BaseException) -> None:
+        text = str(error).strip().partition("\n")[0]
+        self.last_connect_error = f"{type(error).__name__}: {text}" if text else repr(error)
+
+    def _close(self, slot: Slot) -> list[Decision]:
+        """Close the connection of a ``closing`` slot."""
+        record = slot.resource
+        try:
+            record.close()
+        except BaseException:  # noqa: BLE001 - a listener's error must not keep the place
+            self._log_failed_close(record)
+        with self._lock:
+            self.machine.closed(slot, self._clock())
+            self._let_go(slot)
+            return self.machine.take_decisions()
+
+    def _log_failed_close(self, record: ConnectionPoolEntry) -> None:
+        pool = self._pool()
+        if pool is None:
+            return
+        pool.logger.error("Exception while a connection was closed", exc_info=True)
+        connection = record.dbapi_connection
+        if connection is not None:
+            # a listener raised before the connection was reached
+            _sqlalchemy.forget_connection(record)
+            try:
+                pool._close_connection(connection)
+            except BaseException:  # noqa: BLE001 - SQLAlchemy has logged it
+                return
+
+    # -- SQLAlchemy reconnects in place ------------------------------------------------------
+
+    def reconnected(self, record: ConnectionPoolEntry, seconds: float) -> bool:
+        """Note that a checked out record was given a new connection by SQLAlchemy."""
+        with self._lock:
+            slot = self._slots.get(record)
+            if slot is None:
+                return False
+            self.machine.reconnected(slot, self._clock(), seconds)
+        return True
+
+    def holds(self, record: ConnectionPoolEntry) -> bool:
+        """Tell whether this record is in a slot."""
+        return record in self._slots
+
+    # -- upkeep ------------------------------------------------------------------------------
+
+    def upkeep(self) -> float:
+        """Do what is due; return in how many seconds to come again."""
+        with self._lock:
+            now = self._clock()
+            next_tick = self.machine.tick(now)
+            decisions = self.machine.take_decisions()
+            if now >= self._next_audit:
+                self._next_audit = now + _AUDIT_SECONDS
+                self._audit(now)
+                decisions += self.machine.take_decisions()
+            self._next_upkeep = next_tick
+        backlog = self._backlog
+        while backlog:
+            decisions.append(backlog.popleft())
+        self._carry_out(decisions)
+        return next_tick - now
+
+    def _audit(self, now: float) -> None:
+        """Reclaim what is checked out although nobody refers to it any more.
+
+        A listener that raises on the way back, or a signal handler that raises inside pool code,
+        loses the record.  A slot is suspect when no proxy refers to its record, and reclaimed when
+        that is still so one round later and no thread is busy with it.
+        """
+        suspects: dict[Slot, int] = {}
+        for slot in list(self.machine.slots):
+            if slot.state != CHECKED_OUT or slot.request is not None:
+                continue
+            record = slot.resource
+            if _sqlalchemy.is_referenced(record):
+                continue
+            suspects[slot] = slot.uses
+            was_suspect = self._suspects.get(slot) == slot.uses
+            if was_suspect and not _sqlalchemy.is_being_handled(record):
+                if record.dbapi_connection is None:
+                    if self.machine.lost(slot, now, detached=False):
+                        self._let_go(slot)
+                else:
+                    self.machine.leaked(slot, now)
+        self._suspects = suspects
+
+    # -- from the owner of the pool ----------------------------------------------------------
+
+    def _change(self, change: Callable[[float], object]) -> None:
+        with self._lock:
+            change(self._clock())
+            decisions = self.machine.take_decisions()
+        self._carry_out(decisions)
+        self._after_change()
+
+    def dispose(self) -> None:
+        """Close the idle connections, in the caller's thread."""
+        with self._lock:
+            self._spares.clear()
+            self.machine.dispose(self._clock())
+            decisions = self.machine.take_decisions()
+        others: list[Decision] = []
+        for decision in decisions:
+            if isinstance(decision, Close):
+                others += self._close(decision.slot)
+            else:
+                others.append(decision)
+        with self._lock:
+            self._spares.clear()
+        self._carry_out(others)
+
+    def retire_all(self, reason: CloseReason) -> None:
+        """Retire every connection: idle ones now, the others when they come back."""
+        self._change(lambda now: self.machine.retire_all(now, reason))
+
+    def invalidate_generation(self, record: ConnectionPoolEntry | None) -> None:
+        """Retire all connections, unless this record is of a generation that already was."""
+        with self._lock:
+            slot = self._slots.get(record) if record is not None else None
+            if slot is not None and slot.reason is not None:
+                return
+        self.retire_all("generation")
+
+    def resize(self, min_size: Any = UNSET, max_size: Any = UNSET) -> None:
+        """Change the limits of the live pool."""
+        config = self.config.resized(min_size, max_size)
+        self._change(lambda now: self.machine.resize(config, now))
+
+    def reconfigure(self, config: PoolConfig) -> None:
+        """Adopt other settings."""
+        self._change(lambda now: self.machine.resize(config, now))
+
+    def pause(self) -> None:
+        """Hand nothing out until ``resume``."""
+        self._change(lambda now: self.machine.pause())
+
+    def resume(self) -> None:
+        """Hand out again."""
+        self._change(self.machine.resume)
+
+    def wait_ready(self, seconds: float | None) -> None:
+        """Wait until ``min_size`` connections are open."""
+        self._change(self.machine.warm)
+        if not self._watch(lambda: self.machine.open >= self.config.min_size, seconds):
+            gauges = self._gauges()
+            failure = f"; the last attempt ended in {self.last_connect_error}"
+            raise PoolTimeout(
+                f"pool {self.config.name!r} is not ready after {seconds:.2f} s: "
+                f"{gauges['open']} of min_size={self.config.min_size} connections are open"
+                + (failure if self.last_connect_error else "")
+                + ". Check that the database accepts connections, or allow more time",
+                self.snapshot(),
+            )
+
+    def close(self, seconds: float | None) -> None:
+        """Close for good: fail who waits, wait for the holders, then cut them off."""
+        self._change(self.machine.close)
+        if not self._watch(lambda: not self.machine.slots, seconds):
+            with self._lock:
+                held = [s.resource for s in self.machine.slots if s.state == CHECKED_OUT]
+            for record in held:
+                self._cut_off(record)
+        self._upkeep.wake()
+
+    def _cut_off(self, record: ConnectionPoolEntry) -> None:
+        connection = record.dbapi_connection
+        pool = self._pool()
+        if connection is not None and pool is not None and not _liveness.cut_off(connection):
+            pool._close_connection(connection)
+
+    def _watch(self, is_done: Callable[[], bool], seconds: float | None) -> bool:
+        """Wait until something is so; return whether it is."""
+        parker = _sync.Parker()
+        self._watchers.append(parker)
+        try:
+            deadline = None if seconds is None else self._clock() + seconds
+            while not is_done():
+                left = None if deadline is None else deadline - self._clock()
+                if left is not None and left <= 0:
+                    return False
+                parker.park(left)
+            return True
+        finally:
+            self._watchers.remove(parker)
+
+    def snapshot(self) -> PoolSnapshot:
+        """Return one consistent reading."""
+        pool = self._pool()
+        with self._lock:
+            values = read_machine(self.machine, self._clock(), self._describe)
+        if self._inbox:
+            self._carry_out(None)
+        return PoolSnapshot(
+            name=self.config.name,
+            pool_class=type(pool).__name__,
+            pid=os.getpid(),
+            taken_at=_sync.wall_clock(),
+            **values,
+        )
+
+    def readings(self) -> tuple[int, int, int]:
+        """Return (idle, checked out, empty records kept) as one reading, for ``status()``."""
+        with self._lock:
+            machine = self.machine
+            held = machine.checked_out + machine.checking
+            reading = len(machine.idle), held, len(self._spares)
+        if self._inbox:
+            self._carry_out(None)
+        return reading
+
+    def idle_records(self) -> deque[ConnectionPoolEntry]:
+        """Return the records that are not in use, the empty ones last."""
+        with self._lock:
+            return deque([slot.resource for slot in self.machine.idle] + self._spares)
+
+    def keep_spares(self, records: Iterable[ConnectionPoolEntry]) -> None:
+        """Keep only those of the empty records that are named."""
+        named = list(records)
+        with self._lock:
+            self._spares = [record for record in self._spares if record in named]
+
+    def name(self, name: str) -> None:
+        """Give the pool its name."""
+        self.machine.config = replace(self.config, name=name)
+        self._workers.name = self._upkeep.name = name
+
+    # -- fork --------------------------------------------------------------------------------
+
+    def after_fork_in_child(self) -> None:
+        """Start over with nothing: the connections belong to the parent."""
+        for record in list(self._slots):
+            connection = record.dbapi_connection
+            if connection is not None:
+                _liveness.lay_dead(connection)
+                _graveyard.append(connection)
+        pool = self._pool
+        last_config = self.config
+        self.__init__(last_config)  # type: ignore[misc]
+        self._pool = pool
+
+
+_PROBE = "sqla_poolkit.probe"
+
+_graveyard: list[Any] = []
+"""The parent's connections in a forked child: to close or finalize them would be to talk."""

@@ -1,0 +1,169 @@
+"""Every private name of SQLAlchemy that this package relies on, and nothing else uses them.
+
+``tests/test_sqlalchemy_names.py`` checks each on every supported version.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import Any, cast
+
+from sqlalchemy.pool import Pool
+from sqlalchemy.pool import base as _base
+from sqlalchemy.pool.base import ConnectionPoolEntry, PoolProxiedConnection
+
+__all__ = [
+    "BasePool",
+    "ConnectionPoolEntry",
+    "Creator",
+    "Record",
+    "checkout_proxy",
+    "connect_arguments",
+    "forget_connection",
+    "has_listeners",
+    "is_being_handled",
+    "is_referenced",
+    "is_soft_invalidated",
+    "ping",
+    "prepare_connect_arguments",
+    "refill",
+]
+
+BasePool = Pool
+Record = _base._ConnectionRecord
+Creator = Callable[..., Any]
+
+checkout_proxy: Callable[[Pool], PoolProxiedConnection] = _base._ConnectionFairy._checkout
+"""``Pool.connect`` without its frame: takes a record from ``_do_get`` and makes the proxy."""
+
+_RECORD_CODES = frozenset(
+    (Record.checkin.__code__, Record.checkout.__func__.__code__)  # type: ignore[attr-defined]
+)
+
+
+def is_soft_invalidated(record: ConnectionPoolEntry) -> bool:
+    """Tell whether a holder asked that this connection be replaced at its next checkout."""
+    # records are emptied before they are used again, so there is no need to compare times
+    return bool(cast(Any, record)._soft_invalidate_time)
+
+
+def refill(record: ConnectionPoolEntry) -> None:
+    """Open a new connection in an emptied record, firing the events of a connect."""
+    entry = cast(Any, record)
+    entry._soft_invalidate_time = 0
+    entry.get_connection()
+
+
+def forget_connection(record: ConnectionPoolEntry) -> None:
+    """Empty a record without closing what it held."""
+    cast(Any, record).dbapi_connection = None
+
+
+def is_referenced(record: ConnectionPoolEntry) -> bool:
+    """Tell whether a proxy for this record is alive, so that somebody holds the connection."""
+    reference = cast(Any, record).fairy_ref
+    return reference is not None and reference() is not None
+
+
+def is_being_handled(record: ConnectionPoolEntry) -> bool:
+    """Tell whether some thread is just now checking this record out or in."""
+    for frame in sys._current_frames().values():
+        current: Any = frame
+        while current is not None:
+            if current.f_code in _RECORD_CODES and record in (
+                current.f_locals.get("self"),
+                current.f_locals.get("rec"),
+            ):
+                return True
+            current = current.f_back
+    return False
+
+
+def ping(pool: Pool, dbapi_connection: Any) -> bool:
+    """Ping through the dialect, ``handle_error`` listeners included; False if disconnected."""
+    return bool(cast(Any, pool._dialect)._do_ping_w_event(dbapi_connection))
+
+
+def has_listeners(pool: Pool, event: str) -> bool:
+    """Tell whether anybody listens to this event of the pool."""
+    return bool(getattr(pool.dispatch, event))
+
+
+def connect_arguments(creator: Creator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the driver's connect arguments that ``create_engine`` put into its creator."""
+    closure = getattr(creator, "__closure__", None) or ()
+    names = getattr(getattr(creator, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, closure, strict=False))
+    try:
+        positional = cells["cargs"].cell_contents
+        named = cells["cparams"].cell_contents
+    except (KeyError, ValueError):
+        return (), {}
+    if isinstance(positional, list | tuple) and isinstance(named, dict):
+        return tuple(positional), named
+    return (), {}
+
+
+_CONNECT_TIMEOUT_OF: Mapping[str, str] = {
+    "psycopg2": "connect_timeout",
+    "psycopg": "connect_timeout",
+    "MySQLdb": "connect_timeout",
+    "pymysql": "connect_timeout",
+}
+
+
+def prepare_connect_arguments(pool: Pool, connect_timeout: float) -> None:
+    """Pass ``connect_timeout`` to a driver that knows it, unless the user did."""
+    module = getattr(pool._dialect, "loaded_dbapi", None)
+    argument = _CONNECT_TIMEOUT_OF.get(getattr(module, "__name__", ""))
+    if argument is not None:
+        _, named = connect_arguments(cast(Any, pool)._creator)
+        if named:
+            named.setdefault(argument, max(1, ceil(connect_timeout)))
+
+
+def database_name(pool: Pool) -> str:
+    """Return ``host:port/database`` as far as the connect arguments tell, else the driver."""
+    positional, named = connect_arguments(cast(Any, pool)._creator)
+    dialect = pool._dialect
+    kind = getattr(dialect, "name", None)
+    if kind == "sqlite" and positional:
+        return os.path.basename(str(positional[0])) or "sqlite"
+    host = named.get("host")
+    database = named.get("dbname") or named.get("database") or named.get("db")
+    port = named.get("port")
+    if isinstance(host, str) and host:
+        address = f"{host}:{port}" if port else host
+        return f"{address}/{database}" if database else address
+    if isinstance(database, str) and database:
+        return database
+    if isinstance(kind, str):
+        driver = getattr(dialect, "driver", None)
+        return f"{kind}+{driver}" if isinstance(driver, str) else kind
+    return "pool"
+
+
+def why_unsuitable(pool: Pool) -> str | None:
+    """Return in a sentence why connections of this driver cannot be pooled for threads."""
+    dialect = cast(Any, pool._dialect)
+    if getattr(dialect, "name", None) != "sqlite":
+        return None
+    positional, named = connect_arguments(cast(Any, pool)._creator)
+    if not positional:
+        return None
+    database = str(positional[0])
+    if database in ("", ":memory:") or "mode=memory" in database or ":memory:" in database:
+        return (
+            "an in-memory SQLite database lives in one connection, so a pool of several would be "
+            "several databases; use poolclass=StaticPool (one connection shared by all) or "
+            "SingletonThreadPool (one per thread) from sqlalchemy.pool, or a database file"
+        )
+    if named.get("check_same_thread", True) is True and "check_same_thread" in named:
+        return (
+            "check_same_thread=True ties each SQLite connection to the thread that opened it; "
+            "use poolclass=SingletonThreadPool from sqlalchemy.pool, or leave that argument out"
+        )
+    return None

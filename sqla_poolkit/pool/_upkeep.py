@@ -1,0 +1,91 @@
+"""The thread that looks after a pool as time goes by."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from math import inf
+from typing import Any, Protocol
+
+from . import _sync
+
+__all__ = ["Upkeep"]
+
+_LINGER_SECONDS = 1.0
+_EXIT_SECONDS = 2.0
+
+
+class _Kept(Protocol):
+    """What is kept up."""
+
+    def upkeep(self) -> float:
+        """Do what is due; return in how many seconds to come again, infinity for never."""
+
+
+class Upkeep:
+    """Calls ``upkeep()`` of a driver when it is due, from a daemon thread.
+
+    The thread runs only while something can become due, refers to the driver weakly, and is
+    stopped and joined before the interpreter ends: a daemon thread that is frozen while it holds
+    a lock would hang whoever needs that lock last.
+    """
+
+    def __init__(self, name: str, kept: _Kept) -> None:
+        self.name = name
+        self._parker = parker = _sync.Parker()
+        self._kept = weakref.ref(kept, lambda _: parker.unpark())
+        self._thread: Any = None
+        self._is_running = False
+        self._is_stopped = False
+        _running.add(self)
+
+    def wake(self) -> None:
+        """Have the upkeep look again soon; starts the thread if it sleeps for good.
+
+        :raises RuntimeError: if no thread can be started, as at the end of the interpreter.
+        """
+        if self._is_stopped:
+            return
+        if self._is_running:
+            self._parker.unpark()
+            return
+        self._is_running = True
+        try:
+            self._thread = _sync.start_thread(self._run, f"poolkit upkeep {self.name}")
+        except BaseException:
+            self._is_running = False
+            raise
+
+    def stop(self, seconds: float) -> None:
+        """End the thread; wait for it at most so long."""
+        self._is_stopped = True
+        self._parker.unpark()
+        thread = self._thread
+        if thread is not None and self._is_running:
+            thread.join(seconds)
+
+    def _run(self) -> None:
+        seconds = 0.0
+        while True:
+            was_woken = self._parker.park(min(seconds, _LINGER_SECONDS) if seconds == inf else seconds)
+            kept = self._kept()
+            if kept is None or self._is_stopped:
+                self._is_running = False
+                return
+            if seconds == inf and not was_woken:
+                # whoever wants the upkeep from here on starts it anew
+                self._is_running = False
+                if not self._parker.park(0):
+                    return
+                self._is_running = True
+            seconds = kept.upkeep()
+            del kept
+
+
+_running: weakref.WeakSet[Upkeep] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for upkeep in list(_running):
+        upkeep.stop(_EXIT_SECONDS)

@@ -1,0 +1,278 @@
+"""ManagedPool: SQLAlchemy's face of the pool for threads."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ..config import UNSET, PoolConfig
+from ..core.snapshot import PoolSnapshot
+from ..errors import ArgumentError
+from . import _sqlalchemy, _sync
+from ._compatibility import QueuePoolNames
+from ._driver import ThreadDriver
+from ._fork import start_over_after_fork
+from ._sqlalchemy import BasePool, ConnectionPoolEntry, Creator, checkout_proxy
+
+__all__ = ["ManagedPool"]
+
+# true, as a time of invalidation is expected to be, and earlier than any connection
+_LONG_AGO = 1e-9
+
+_names: weakref.WeakValueDictionary[str, ThreadDriver] = weakref.WeakValueDictionary()
+
+
+class ManagedPool(QueuePoolNames, BasePool):
+    """A fair connection pool for threads that keeps honest books.
+
+    Use it as ``create_engine(url, poolclass=ManagedPool)``.  QueuePool's arguments and methods
+    keep working; what differs is listed in the README.  All times are in seconds.
+
+    :param creator: returns a new DBAPI connection; ``create_engine`` supplies it.
+    :param pool_size: with ``max_overflow`` another way to give ``max_size``.  Default 5.
+    :param max_overflow: see ``pool_size``; -1, or a ``pool_size`` of 0, is no limit.  Default 10.
+    :param timeout: ``pool_timeout`` of ``create_engine``: the one deadline from asking for a
+        connection to having it.  0 never queues, None waits for ever.  Default 30.
+    :param use_lifo: ``pool_use_lifo``: hand out the connection used last (default), so that the
+        others can go when idle; False uses all in turn.
+    :param recycle: ``pool_recycle``: another name of ``max_lifetime``; -1 is no limit.
+    :param pre_ping: ``pool_pre_ping``: see whether a connection is alive before it is handed out.
+        Default True, without a dialect False.
+    :param min_size: connections kept open, warmed in the background from the first checkout on
+        or by :meth:`wait_ready`.  Default 0.
+    :param max_size: the limit of connections open, being opened and being closed, at every
+        instant.  Default ``pool_size + max_overflow``; None is no limit.
+    :param idle_timeout: an idle connection above ``min_size`` is closed after this.  Default 600;
+        None keeps it.
+    :param max_lifetime: no connection older than this is handed out; each is replaced at an age
+        of its own between 75 and 100 % of it.  Default 1800; None is no limit.
+    :param max_uses: a connection is replaced after so many checkouts.  Default None: no limit.
+    :param connect_timeout: passed to drivers that know it, unless you set theirs; an attempt that
+        takes longer no longer counts towards ``max_connecting``.  Default 10.
+    :param max_waiting: more waiters than this are turned away with ``PoolOverloaded``.  Default
+        None: no limit.
+    :param max_connecting: connection attempts in flight at a time.  Default 3.
+    :param ping_after: a connection idle for longer is pinged before it is handed out, if its
+        driver's socket can be looked at meanwhile (psycopg2, psycopg); other drivers are pinged
+        at every checkout.  Default 1; 0 pings always.
+    :param upkeep: ``"thread"`` (default), or ``"inline"`` where no background threads can run:
+        callers then connect and close by themselves, so their deadline does not cover their own
+        connect, and nothing is replaced or closed while nobody calls.
+    :param track: what is remembered of a holder: ``"label"`` (what ``held_by`` says),
+        ``"caller"`` (also the place in the program; default) or ``"stack"``.
+    :param pool_name: the name in snapshots and messages, unique in the process.  Default
+        ``host:port/database``.
+    :param kw: arguments of SQLAlchemy's ``Pool``.
+    :raises sqlalchemy.exc.ArgumentError: for a value that cannot be, naming setting and value,
+        and for drivers whose connections cannot be shared by threads.
+    """
+
+    _driver: ThreadDriver
+
+    def __init__(
+        self,
+        creator: Creator,
+        pool_size: int = UNSET,
+        max_overflow: int = UNSET,
+        timeout: float | None = UNSET,
+        use_lifo: bool = UNSET,
+        recycle: int = UNSET,
+        pre_ping: bool = UNSET,
+        min_size: int = UNSET,
+        max_size: int | None = UNSET,
+        idle_timeout: float | None = UNSET,
+        max_lifetime: float | None = UNSET,
+        max_uses: int | None = UNSET,
+        connect_timeout: float = UNSET,
+        max_waiting: int | None = UNSET,
+        max_connecting: int = UNSET,
+        ping_after: float = UNSET,
+        upkeep: str = UNSET,
+        track: str = UNSET,
+        pool_name: str | None = UNSET,
+        _predecessor: ManagedPool | None = None,
+        **kw: Any,
+    ) -> None:
+        if _predecessor is not None:
+            self._driver = _predecessor._driver
+            super().__init__(creator, **kw)
+            self._driver.serve(self)
+            return
+        arguments = {
+            "pool_size": pool_size,
+            "max_overflow": max_overflow,
+            "timeout": timeout,
+            "use_lifo": use_lifo,
+            "recycle": recycle,
+            "pre_ping": pre_ping,
+            "min_size": min_size,
+            "max_size": max_size,
+            "idle_timeout": idle_timeout,
+            "max_lifetime": max_lifetime,
+            "max_uses": max_uses,
+            "connect_timeout": connect_timeout,
+            "max_waiting": max_waiting,
+            "max_connecting": max_connecting,
+            "ping_after": ping_after,
+            "upkeep": upkeep,
+            "track": track,
+        }
+        if pre_ping is UNSET:
+            arguments["pre_ping"] = kw.get("dialect") is not None
+        self._driver = ThreadDriver(PoolConfig.from_arguments(arguments))
+        super().__init__(creator, **kw)
+        self._refuse_what_cannot_work()
+        config = self._driver.config
+        name = _unique_name(pool_name or _sqlalchemy.database_name(self), self._driver)
+        self._driver.name(name)
+        _sqlalchemy.prepare_connect_arguments(self, config.connect_timeout)
+        start_over_after_fork(self._driver)
+        self._driver.serve(self)
+
+    def _refuse_what_cannot_work(self) -> None:
+        dialect = self._dialect
+        if getattr(dialect, "is_async", False) is True:
+            raise ArgumentError(
+                f"{type(self).__name__} serves threads, but the driver "
+                f"{getattr(dialect, 'driver', '')!r} is for asyncio; with create_async_engine "
+                "leave poolclass out, or use sqlalchemy.pool.AsyncAdaptedQueuePool"
+            )
+        reason = _sqlalchemy.why_unsuitable(self)
+        if reason is not None:
+            raise ArgumentError(f"{type(self).__name__} cannot serve this database: {reason}")
+
+    # -- what SQLAlchemy calls ---------------------------------------------------------------
+
+    def connect(self) -> Any:
+        """Return a connection from the pool, as ``Engine.raw_connection`` does.
+
+        :raises PoolTimeout: if none could be had within ``pool_timeout``.
+        :raises PoolOverloaded: if ``max_waiting`` callers wait already.
+        :raises PoolClosed: after :meth:`close`.
+        """
+        proxy = checkout_proxy(self)
+        if self.dispatch.checkout:
+            self._driver.confirm(proxy._connection_record)  # type: ignore[attr-defined]
+        return proxy
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        return self._driver.checkout(self)
+
+    def _return_conn(self, record: ConnectionPoolEntry) -> None:
+        self._driver.checkin(record)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        # checkins come through _return_conn; only a proxy that detaches itself calls this one
+        if record.dbapi_connection is None:
+            self._driver.detach(record)
+        else:
+            self._driver.checkin(record)
+
+    def _should_wrap_creator(self, creator: Creator) -> Callable[[ConnectionPoolEntry], Any]:
+        """Notice when SQLAlchemy reconnects a record in its holder's hands."""
+        connect: Any = super()._should_wrap_creator(creator)  # type: ignore[misc]
+        driver = self._driver
+
+        def invoke(record: ConnectionPoolEntry) -> Any:
+            if not driver.holds(record):
+                return connect(record)
+            started_at = _sync.monotonic()
+            connection = connect(record)
+            driver.reconnected(record, _sync.monotonic() - started_at)
+            return connection
+
+        return invoke
+
+    def _invalidate(
+        self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
+    ) -> None:
+        """Retire all connections of the given one's generation."""
+        self._driver.invalidate_generation(getattr(connection, "_connection_record", None))
+        self._invalidate_time = _LONG_AGO
+        if _checkin and getattr(connection, "is_valid", False):
+            connection.invalidate(exception)
+
+    def recreate(self) -> ManagedPool:
+        """Return the pool that takes this one's place: same settings, name, totals and limit.
+
+        Who waits here is served by it; connections of this one are closed as they come back.
+        """
+        self.logger.info("Pool recreating")
+        return self.__class__(
+            self._creator,
+            echo=self.echo,
+            logging_name=self._orig_logging_name,
+            reset_on_return=self._reset_on_return,
+            _dispatch=self.dispatch,
+            dialect=self._dialect,
+            _predecessor=self,
+        )
+
+    def dispose(self) -> None:
+        """Close the idle connections; the pool goes on, and others come back to it."""
+        self._driver.dispose()
+        self.logger.info("Pool disposed. %s", self.status())
+
+    # -- what its owner calls ----------------------------------------------------------------
+
+    def snapshot(self) -> PoolSnapshot:
+        """Return one consistent reading of the pool."""
+        return self._driver.snapshot()
+
+    def wait_ready(self, timeout: float | None = 30.0) -> None:
+        """Open ``min_size`` connections and wait until they are.
+
+        :raises PoolTimeout: if they are not within ``timeout`` seconds; the pool goes on trying.
+        """
+        self._driver.wait_ready(timeout)
+
+    def resize(self, min_size: int = UNSET, max_size: int | None = UNSET) -> None:
+        """Change the limits of the live pool.
+
+        What is too many is closed, idle connections first, the others when they come back.
+
+        :raises sqlalchemy.exc.ArgumentError: if the limits cannot be.
+        """
+        self._driver.resize(min_size, max_size)
+
+    def pause(self) -> None:
+        """Hand nothing out until :meth:`resume`; callers queue, their deadlines go on."""
+        self._driver.pause()
+
+    def resume(self) -> None:
+        """Hand out again, to those who waited first."""
+        self._driver.resume()
+
+    def retire_all(self) -> None:
+        """Replace every connection: idle ones now, the others when they come back."""
+        self._driver.retire_all("retired")
+
+    def close(self, timeout: float | None = 5.0) -> None:
+        """Close for good: nothing is handed out any more, and callers who wait get ``PoolClosed``.
+
+        Waits for the holders, at most ``timeout`` seconds (None: until they are done), then cuts
+        their connections off.  Unlike ``dispose()`` this is final.
+        """
+        self._driver.close(timeout)
+
+    def __repr__(self) -> str:
+        machine = self._driver.machine
+        config = machine.config
+        limit = "unlimited" if config.max_size is None else f"of {config.max_size}"
+        phase = "" if machine.phase == "open" else f"{machine.phase}, "
+        return (
+            f"<{type(self).__name__} {config.name!r} {phase}{machine.open} {limit} open: "
+            f"{len(machine.idle)} idle, {machine.checked_out} checked out, "
+            f"{machine.connecting} connecting, {len(machine.waiting)} waiting>"
+        )
+
+
+def _unique_name(wanted: str, driver: ThreadDriver) -> str:
+    """Return ``wanted``, or ``wanted#2`` and so on if a living pool has that name."""
+    name, number = wanted, 1
+    while name in _names:
+        number += 1
+        name = f"{wanted}#{number}"
+    _names[name] = driver
+    return name
