@@ -14,11 +14,11 @@ from .slots import CloseReason
 __all__ = ["Books", "Row", "Table"]
 
 OTHERS = "(other)"
-_MOST_ROWS = 1000
+_MOST_ROWS = 2000
 
 
 class Row:
-    """What one label or one caller asked, used and made others wait."""
+    """What one holder asked, used and made others wait."""
 
     __slots__ = ("checkouts", "use_seconds", "wait_caused_seconds", "wait_seconds")
 
@@ -30,7 +30,7 @@ class Row:
 
 
 class Table(dict[Hashable, Row]):
-    """A row per key; past a thousand keys the newcomers share one, so memory stays bounded."""
+    """A row per holder; past two thousand the newcomers share one, so memory stays bounded."""
 
     def __missing__(self, key: Hashable) -> Row:
         if len(self) >= _MOST_ROWS and key != OTHERS:
@@ -43,14 +43,12 @@ class Books:
     """All numbers of a pool but its gauges."""
 
     __slots__ = (
-        "callers",
         "cancelled",
         "caused",
         "caused_by_checking",
         "caused_by_closing",
         "caused_by_connecting",
         "caused_by_pool",
-        "checkins",
         "checkout_time",
         "closes",
         "connect_failures",
@@ -62,7 +60,6 @@ class Books:
         "forgotten",
         "integrated_until",
         "invalidations",
-        "labels",
         "observer_errors",
         "peak_checked_out",
         "peak_waiting",
@@ -71,8 +68,8 @@ class Books:
         "probes",
         "rejected",
         "requesting",
-        "requests",
         "reset_failures",
+        "rows",
         "started_at",
         "timeouts",
         "unavailable",
@@ -83,7 +80,6 @@ class Books:
 
     def __init__(self, now: float) -> None:
         self.started_at = now
-        self.requests = 0
         self.requesting = 0
         """Asked, and neither served nor failed yet."""
         self.waits = 0
@@ -92,7 +88,6 @@ class Books:
         self.cancelled = 0
         self.failed = 0
         self.unavailable = 0
-        self.checkins = 0
         self.connects = 0
         self.connect_failures = 0
         self.pings = 0
@@ -111,8 +106,7 @@ class Books:
         self.connect_time = Recorder()
         self.use_time = Recorder()
         self.failed_wait_time = Recorder()
-        self.labels = Table()
-        self.callers = Table()
+        self.rows = Table()
         self.caused = 0.0
         """Integral over time of waiting / (slots that could end it).
 
@@ -127,15 +121,25 @@ class Books:
     @property
     def checkouts(self) -> int:
         """How many requests were served."""
+        return sum(row.checkouts for row in self.rows.values())
+
+    @property
+    def requests(self) -> int:
+        """How often a connection was asked for."""
         return (
-            self.requests
-            - self.requesting
-            - self.timeouts
-            - self.rejected
-            - self.cancelled
-            - self.failed
-            - self.unavailable
+            self.checkouts
+            + self.requesting
+            + self.timeouts
+            + self.rejected
+            + self.cancelled
+            + self.failed
+            + self.unavailable
         )
+
+    @property
+    def checkins(self) -> int:
+        """How often a connection came back."""
+        return self.use_time.count
 
     def advance(
         self,
@@ -173,11 +177,12 @@ class Books:
         """Count a connection that was closed."""
         self.closes[reason] = self.closes.get(reason, 0) + 1
 
-    def wait_ended(
-        self, seconds: float, label: str | None, caller: Hashable, *, served: bool
-    ) -> None:
+    def wait_ended(self, seconds: float, holder: Hashable, *, served: bool) -> None:
         """Record a whole wait, however it ended."""
         (self.wait_time if served else self.failed_wait_time).record(seconds)
-        self.labels[label].wait_seconds += seconds
-        if caller is not None:
-            self.callers[caller].wait_seconds += seconds
+        self.rows[holder].wait_seconds += seconds
+
+    def sort_records(self) -> None:
+        """Sort the durations of the hot path into their buckets."""
+        self.checkout_time.sort()
+        self.use_time.sort()

@@ -6,61 +6,82 @@ middle at most 6.25 % away from any value in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import ceil, frexp, ldexp
+from math import ceil
 from typing import Any
 
 __all__ = ["Histogram", "Recorder"]
 
 _STEPS = 8
-_LOWEST = -20  # 2**-21 seconds, half a microsecond: everything shorter shares the first bucket
+_LOWEST = -21  # 2**-21 seconds, half a microsecond: everything shorter shares the first bucket
 _HIGHEST = 20  # 2**20 seconds, twelve days: everything longer shares the last bucket
-# frexp's mantissa lies in [0.5, 1), so int(mantissa * 16) counts the steps from 8 to 15
-_OFFSET = -(_LOWEST * _STEPS) - _STEPS + 1
-_LAST = (_HIGHEST - _LOWEST + 1) * _STEPS + 1
-_SHORTEST = ldexp(0.5, _LOWEST)
-_LONGEST = ldexp(1.0, _HIGHEST)
+_LAST = (_HIGHEST - _LOWEST) * _STEPS + 1
+
+# The first 16 bits of a double are its sign, the 11 bits of its exponent (1023 more than the power
+# of two) and the 4 highest bits of its mantissa; without the last they number octaves and steps.
+_HEAD = 3 if sys.byteorder == "little" else 0
+_FIRST_HEAD = (1023 + _LOWEST) * _STEPS - 1
 
 
 def _upper_bound(index: int) -> float:
     """Return the upper end of bucket ``index`` in seconds."""
-    if index == 0:
-        return _SHORTEST
     octave, step = divmod(index - 1, _STEPS)
-    return ldexp((_STEPS + step + 1) / (2 * _STEPS), octave + _LOWEST)
+    return 2.0 ** (_LOWEST + octave) * (1 + (step + 1) / _STEPS)
 
 
 class Recorder:
-    """Counts durations as they happen; not thread-safe, the pool's lock guards it."""
+    """Counts durations as they happen; not thread-safe, the pool's lock guards it.
 
-    __slots__ = ("_counts", "max_seconds", "sum_seconds")
+    ``record`` is a bare ``list.append``; ``sort`` puts what has gathered into the buckets, all at
+    once at half the price.  Nothing is read without sorting first, and whoever records has to see
+    to it that ``gathered`` is sorted now and then.
+    """
+
+    __slots__ = ("_count", "_counts", "_max", "_sum", "gathered", "record")
 
     def __init__(self) -> None:
         self._counts = [0] * (_LAST + 1)
-        self.sum_seconds = 0.0
-        self.max_seconds = 0.0
+        self._sum = 0.0
+        self._max = 0.0
+        self._count = 0
+        self.gathered: list[float] = []
+        self.record: Callable[[float], None] = self.gathered.append
+        """Count one duration in seconds."""
 
-    def record(self, seconds: float) -> None:
-        """Count one duration."""
-        if _SHORTEST <= seconds < _LONGEST:
-            mantissa, exponent = frexp(seconds)
-            self._counts[(exponent << 3) + int(mantissa * 16.0) + _OFFSET] += 1
-        else:
-            self._counts[0 if seconds < _SHORTEST else _LAST] += 1
-        self.sum_seconds += seconds
-        if seconds > self.max_seconds:
-            self.max_seconds = seconds
+    def sort(self) -> None:
+        """Put what was recorded since the last time into the buckets."""
+        gathered = self.gathered
+        if not gathered:
+            return
+        counts = self._counts
+        heads = memoryview(array("d", gathered)).cast("B").cast("H")[_HEAD::4]
+        for head, number in Counter(heads.tolist()).items():
+            counts[min(max(0, (head >> 1) - _FIRST_HEAD), _LAST)] += number
+        self._count += len(gathered)
+        self._sum += sum(gathered)
+        self._max = max(self._max, *gathered)
+        gathered.clear()
 
     @property
     def count(self) -> int:
         """How many durations were recorded."""
-        return sum(self._counts)
+        return self._count + len(self.gathered)
+
+    @property
+    def sum_seconds(self) -> float:
+        """All durations added up."""
+        self.sort()
+        return self._sum
 
     def freeze(self) -> Histogram:
         """Return what was recorded so far."""
+        self.sort()
         counts = {index: number for index, number in enumerate(self._counts) if number}
-        return Histogram(sum(counts.values()), self.sum_seconds, self.max_seconds, counts)
+        return Histogram(self._count, self._sum, self._max, counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import PoolConfig
 from .books import Books
@@ -48,6 +48,7 @@ from .slots import (
     Open,
     Purpose,
     Request,
+    ReturnReason,
     Slot,
     Wake,
 )
@@ -66,9 +67,16 @@ class Machine:
     :param config: the settings; ``resize`` replaces them.
     :param now: the present time, seconds of a monotonic clock, as in every other call.
     :param chance: returns random numbers between 0 and 1; spreads ages and back-off.
+    :param new_parker: makes what a driver parks a waiting caller on.
     """
 
-    def __init__(self, config: PoolConfig, now: float, chance: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        config: PoolConfig,
+        now: float,
+        chance: Callable[[], float],
+        new_parker: Callable[[], Any] = object,
+    ) -> None:
         self.books = Books(now)
         self.phase: Phase = "open"
         self.slots: dict[Slot, None] = {}
@@ -77,7 +85,6 @@ class Machine:
         """Ordered by the time of return: the oldest stands first."""
         self.waiting: OrderedDict[Request, None] = OrderedDict()
         self.decisions: list[Decision] = []
-        self.checked_out = 0
         self.connecting = 0
         self.checking = 0
         self.closing = 0
@@ -90,9 +97,11 @@ class Machine:
         self.is_warm = False
         """Somebody asked for a connection, so ``min_size`` is kept from now on."""
         self._chance = chance
+        self._new_parker = new_parker
         self._offset = chance()
         self._opened = 0
         self._tickets = 0
+        self._fewest_idle = 0
         self._backoff = Backoff()
         self._pace = Pace()
         self._adopt(config)
@@ -101,6 +110,7 @@ class Machine:
         self.config = config
         self._limit = inf if config.max_size is None else config.max_size
         self._last_use = config.max_uses or 0
+        self._checks = config.pre_ping
         self._callers_connect = config.upkeep == "inline" or config.timeout == 0
         self._take = self.idle.pop if config.use_lifo else self.idle.popleft
 
@@ -112,9 +122,19 @@ class Machine:
         )
 
     @property
+    def is_pressed(self) -> bool:
+        """Tell whether a return should be dealt with at once, not with the next checkout."""
+        return bool(self.waiting) or self.phase == "closed"
+
+    @property
     def open(self) -> int:
         """How many connections are open: idle, checked out or being checked."""
-        return len(self.idle) + self.checked_out + self.checking
+        return len(self.slots) - self.connecting - self.closing
+
+    @property
+    def checked_out(self) -> int:
+        """How many connections are held."""
+        return self.open - len(self.idle) - self.checking
 
     def take_decisions(self) -> list[Decision]:
         """Return what has to be done, once."""
@@ -125,68 +145,89 @@ class Machine:
     # -- asking ------------------------------------------------------------------------------
 
     def checkout(
-        self, asked_at: float, now: float, label: str | None, caller: Hashable = None
+        self, asked_at: float, now: float, holder: Hashable = None
     ) -> Slot | Request:
         """Ask for a connection.
 
         :param asked_at: when the caller began to ask; the deadline counts from here.
-        :param label: the holder's label, if it gave one.
-        :param caller: where in the program it asks, if that is tracked.
+        :param holder: who asks, as the driver tells holders apart; a row of the books each.
         :return: a slot that is ``checked_out`` (take it), ``checking`` (see whether it is alive,
             then call ``checked``) or ``connecting`` (connect it yourself, then ``connected``);
             or a request, to be parked until woken or until its deadline.  A request that can
             not be granted in time has its ``failure`` set already.
         """
-        self.books.requests += 1
-        if self.idle and self.phase == "open":
+        idle = self.idle
+        if idle and self.phase == "open":
             slot = self._take()
-            if now < slot.expires_at:
-                if self.config.pre_ping:
-                    return self._check(slot, asked_at, now, label, caller)
-                slot.asked_at = asked_at
-                self._hand_out(slot, now, label, caller)
-                self.books.checkout_time.record(now - asked_at)
+            if now < slot.expires_at and not self._checks:
+                # what _hand_out and _settle do, flat: this is the path whose cost counts
+                books = self.books
+                slot.state = CHECKED_OUT
+                slot.held_since = now
+                slot.mark = books.caused
+                if holder is not slot.holder:
+                    slot.holder = holder
+                    slot.row = books.rows[holder]
+                slot.row.checkouts += 1
+                slot.uses += 1
+                if slot.uses == self._last_use:
+                    slot.review_at = _REVIEW
+                books.checkout_time.record(now - asked_at)
+                if len(idle) < self._fewest_idle:
+                    self._fewest_idle = len(idle)
                 return slot
-            self.idle.append(slot)
-        return self._checkout_slowly(asked_at, now, label, caller)
+            self._put_back(slot)
+        return self._checkout_slowly(asked_at, now, holder)
 
-    def _hand_out(self, slot: Slot, now: float, label: str | None, caller: Hashable) -> None:
-        """Make the caller the slot's holder."""
-        books = self.books
+    def _put_back(self, slot: Slot) -> None:
+        """Undo ``_take``."""
+        if self.config.use_lifo:
+            self.idle.append(slot)
+        else:
+            self.idle.appendleft(slot)
+
+    def _hand_out(self, slot: Slot, now: float, holder: Hashable) -> None:
+        """Make the caller the slot's holder; ``_settle`` counts it when it has accepted."""
         slot.state = CHECKED_OUT
         slot.held_since = now
-        slot.mark = books.caused
-        slot.label = label
-        slot.label_row = row = books.labels[label]
-        row.checkouts += 1
-        slot.caller = caller
-        if caller is not None:
-            slot.caller_row = row = books.callers[caller]
-            row.checkouts += 1
+        slot.mark = self.books.caused
+        slot.holder = holder
+        slot.row = self.books.rows[holder]
         slot.uses += 1
         if slot.uses == self._last_use:
             slot.review_at = _REVIEW
-        self.checked_out += 1
-        if self.checked_out > books.peak_checked_out:
-            books.peak_checked_out = self.checked_out
+        self.note_peak()
+
+    def note_peak(self) -> None:
+        """Bring the peak of ``checked_out`` up to date.
+
+        The hot path only notes how few were idle; the peak follows from that as long as the
+        other numbers stay the same, so this is called where they change.
+        """
+        busy = self.open - self.checking
+        most = busy - min(self._fewest_idle, len(self.idle))
+        if most > self.books.peak_checked_out:
+            self.books.peak_checked_out = most
+        self._fewest_idle = len(self.idle)
 
     def _check(
-        self, slot: Slot, asked_at: float, now: float, label: str | None, caller: Hashable
+        self, slot: Slot, asked_at: float, now: float, holder: Hashable
     ) -> Slot:
         """Reserve an idle connection for a caller who sees first whether it is alive."""
         slot.asked_at = asked_at
-        if self._is_known_alive(slot, now):
-            self._hand_out(slot, now, label, caller)
-            self.books.checkout_time.record(now - asked_at)
-            return slot
-        slot.label = label
-        slot.caller = caller
-        self._begin_check(slot, now)
         self.books.requesting += 1
+        if self._is_known_alive(slot, now):
+            self._hand_out(slot, now, holder)
+            self._settle(slot, None, now)
+        else:
+            slot.holder = holder
+            self._begin_check(slot, now)
         return slot
 
     def _is_known_alive(self, slot: Slot, now: float) -> bool:
-        """Tell whether nothing can have happened to the connection since it was opened."""
+        """Tell whether there is no need to look: it was just opened, or nobody wants to know."""
+        if not self.config.pre_ping:
+            return True
         return slot.is_fresh and now - slot.opened_at <= self.config.ping_after
 
     def _begin_check(self, slot: Slot, now: float) -> None:
@@ -195,7 +236,7 @@ class Machine:
         self.checking += 1
 
     def _checkout_slowly(
-        self, asked_at: float, now: float, label: str | None, caller: Hashable
+        self, asked_at: float, now: float, holder: Hashable
     ) -> Slot | Request:
         """Find a slot that is no longer the first in line, or queue."""
         self.books.requesting += 1
@@ -203,7 +244,8 @@ class Machine:
         timeout = self.config.timeout
         deadline = None if timeout is None else asked_at + timeout
         self._tickets += 1
-        request = Request(self._tickets, asked_at, now, deadline, label, caller)
+        request = Request(self._tickets, asked_at, now, deadline, holder)
+        request.parker = self._new_parker()
         if self.phase == "closed":
             self._fail(request, now, "closed")
             return request
@@ -211,12 +253,7 @@ class Machine:
             slot = self._freshest_idle(now)
             if slot is not None:
                 self.books.requesting -= 1
-                if self.config.pre_ping:
-                    return self._check(slot, asked_at, now, label, caller)
-                slot.asked_at = asked_at
-                self._hand_out(slot, now, label, caller)
-                self.books.checkout_time.record(now - asked_at)
-                return slot
+                return self._check(slot, asked_at, now, holder)
             if self._may_connect_itself():
                 return self._connect_itself(request, now)
         if timeout == 0:
@@ -230,6 +267,8 @@ class Machine:
 
     def _freshest_idle(self, now: float) -> Slot | None:
         """Take the next idle connection that may still be handed out; the others are retired."""
+        if self.waiting:
+            self.advance(now)
         while self.idle:
             slot = self._take()
             if now < slot.expires_at:
@@ -247,8 +286,7 @@ class Machine:
         slot = self._new_slot(now, "demand")
         slot.is_own_connect = True
         slot.asked_at = request.asked_at
-        slot.label = request.label
-        slot.caller = request.caller
+        slot.holder = request.holder
         return slot
 
     # -- waiting -----------------------------------------------------------------------------
@@ -269,7 +307,7 @@ class Machine:
         waiting = self.waiting
         self.advance(now)
         if not waiting:
-            self._pace.queue_formed(now, books.checkins, books.use_time)
+            self._pace.queue_formed(now, books.use_time)
         if not request.has_queued:
             request.has_queued = True
             books.waits += 1
@@ -302,13 +340,11 @@ class Machine:
         request.slot = slot
         slot.request = request
         slot.asked_at = request.asked_at
-        slot.label = request.label
-        slot.caller = request.caller
-        if self.config.pre_ping and not self._is_known_alive(slot, now):
-            self._begin_check(slot, now)
+        slot.holder = request.holder
+        if self._is_known_alive(slot, now):
+            self._hand_out(slot, now, request.holder)
         else:
-            self._hand_out(slot, now, request.label, request.caller)
-            slot.is_requested = True
+            self._begin_check(slot, now)
         self.decisions.append(Wake(request))
 
     def _fail(self, request: Request, now: float, failure: Failure) -> None:
@@ -330,7 +366,7 @@ class Machine:
 
     def _record_wait(self, request: Request | None, *, served: bool) -> None:
         if request is not None and request.has_queued:
-            self.books.wait_ended(request.waited, request.label, request.caller, served=served)
+            self.books.wait_ended(request.waited, request.holder, served=served)
 
     def _fail_waiting(self, request: Request, now: float, failure: Failure) -> None:
         """End a request that stands in the queue, and wake its caller."""
@@ -350,7 +386,6 @@ class Machine:
         request.slot = None
         if slot.state == CHECKED_OUT:
             slot.request = None
-            slot.is_requested = False
             self._settle(slot, request, now)
         return slot
 
@@ -358,6 +393,7 @@ class Machine:
         """Count a request as served."""
         books = self.books
         books.requesting -= 1
+        slot.row.checkouts += 1
         books.checkout_time.record(now - slot.asked_at)
         self._record_wait(request, served=True)
 
@@ -390,25 +426,20 @@ class Machine:
         """Free a slot that was granted but never used."""
         if self.waiting:
             self.advance(now)
-        if slot.state == CONNECTING:
+        if slot.state is CONNECTING:
             self._forget_attempt(slot)
             self._grow(now)
             return
         if slot.state == CHECKING:
             self.checking -= 1
         else:
-            self.checked_out -= 1
-            slot.uses -= 1
-            self._not_served(slot)
-            self._close_hold(slot, now)
+            self._end_unused_hold(slot, now)
         self._offer(slot, now)
 
-    def _not_served(self, slot: Slot) -> None:
-        """Undo in its rows a checkout that did not reach its caller."""
-        slot.is_requested = False
-        for row in (slot.label_row, slot.caller_row):
-            if row is not None:
-                row.checkouts -= 1
+    def _end_unused_hold(self, slot: Slot, now: float) -> None:
+        """End a hold that never reached its caller: no use, but what it made others wait."""
+        slot.uses -= 1
+        slot.row.wait_caused_seconds += self.books.caused - slot.mark
 
     # -- seeing whether it is alive ----------------------------------------------------------
 
@@ -431,7 +462,7 @@ class Machine:
             stale = slot.reason
         if stale is None:
             request, slot.request = slot.request, None
-            self._hand_out(slot, now, slot.label, slot.caller)
+            self._hand_out(slot, now, slot.holder)
             self._settle(slot, request, now)
             return slot
         return self._ask_again(slot, now, stale)
@@ -442,12 +473,12 @@ class Machine:
         if stale in ("probe", "ping"):
             books.ping_failures += 1
         request, slot.request = slot.request, None
-        asked_at, label, caller = slot.asked_at, slot.label, slot.caller
+        asked_at, holder = slot.asked_at, slot.holder
         self._retire(slot, now, stale)
         other = self._freshest_idle(now) if self.phase == "open" else None
         if other is not None:
             books.requesting -= 1
-            other = self._check(other, asked_at, now, label, caller)
+            other = self._check(other, asked_at, now, holder)
             if other.state == CHECKING:
                 other.request = request
             else:
@@ -457,7 +488,8 @@ class Machine:
             timeout = self.config.timeout
             deadline = None if timeout is None else asked_at + timeout
             self._tickets += 1
-            request = Request(self._tickets, asked_at, now, deadline, label, caller)
+            request = Request(self._tickets, asked_at, now, deadline, holder)
+            request.parker = self._new_parker()
             if self.waiting:
                 # it was served before everybody who waits now, so it is older than they are
                 request.ticket = next(iter(self.waiting)).ticket - 1
@@ -484,37 +516,40 @@ class Machine:
         request, slot.request = slot.request, None
         if request is None:
             self._tickets += 1
-            request = Request(
-                self._tickets, slot.asked_at, now, None, slot.label, slot.caller
-            )
+            request = Request(self._tickets, slot.asked_at, now, None, slot.holder)
         self._fail(request, now, failure)
         self._retire(slot, now, "ping")
 
     # -- giving back -------------------------------------------------------------------------
 
-    def checkin(self, slot: Slot, now: float, reason: CloseReason | None = None) -> bool:
-        """Take a connection back.
+    def checkin(self, slot: Slot, now: float, reason: ReturnReason | None = None) -> bool:
+        """Take a slot back from its holder.
 
-        :param reason: why it must not be used again, None if it may be.
+        :param reason: why its connection must not be used again; or ``detached`` or ``lost`` if
+            there is none any more, because the holder keeps it or has closed it.
         :return: False if the slot was not checked out; nothing has changed then.
         """
-        if slot.state != CHECKED_OUT:
+        if slot.state is not CHECKED_OUT:
             return False
-        books = self.books
-        if self.waiting:
+        waiting = self.waiting
+        if waiting:
             self.advance(now)
-        books.checkins += 1
-        books.use_time.record(now - slot.held_since)
-        self._close_hold(slot, now)
-        self.checked_out -= 1
+        books = self.books
+        used = now - slot.held_since
+        books.use_time.record(used)
+        row = slot.row
+        row.use_seconds += used
+        caused = books.caused - slot.mark
+        if caused:
+            row.wait_caused_seconds += caused
         slot.is_fresh = False
         if slot.is_requested:
-            self._confirm_failed(slot)
-        if reason == "invalidated":
-            books.invalidations += 1
-        if reason is not None or slot.review_at <= now:
-            self._review(slot, now, reason)
-        elif self.waiting:
+            self._refuse_held_back(slot)
+        if reason is not None:
+            self._take_unusable(slot, now, reason)
+        elif slot.review_at <= now:
+            self._review(slot, now)
+        elif waiting:
             self._offer(slot, now)
         else:
             slot.state = IDLE
@@ -522,23 +557,23 @@ class Machine:
             self.idle.append(slot)
         return True
 
-    def _close_hold(self, slot: Slot, now: float) -> None:
-        """Add a use that has ended to its holder's rows."""
-        used = now - slot.held_since
-        caused = self.books.caused - slot.mark
-        row = slot.label_row
-        if row is not None:
-            row.use_seconds += used
-            row.wait_caused_seconds += caused
-        row = slot.caller_row
-        if row is not None:
-            row.use_seconds += used
-            row.wait_caused_seconds += caused
+    def _take_unusable(self, slot: Slot, now: float, reason: ReturnReason) -> None:
+        """Take a slot back whose connection is gone, or has to go."""
+        if reason != "detached" and reason != "lost":
+            self._retire(slot, now, reason)
+            return
+        if reason == "detached":
+            self.books.detached += 1
+        else:
+            self.books.invalidations += 1
+            self.books.count_close(slot.reason or "invalidated")
+        self._drop(slot)
+        self._grow(now)
 
     def _offer(self, slot: Slot, now: float) -> None:
         """Give a connection that came free to the head of the queue, or keep it idle."""
         if slot.review_at <= now:
-            self._review(slot, now, None)
+            self._review(slot, now)
         elif self.waiting and self.phase == "open":
             self._grant(slot, now)
         else:
@@ -546,10 +581,11 @@ class Machine:
             slot.idle_since = now
             self.idle.append(slot)
 
-    def _review(self, slot: Slot, now: float, reason: CloseReason | None) -> None:
+    def _review(self, slot: Slot, now: float) -> None:
         """Decide whether a connection that came free may stay."""
-        reason = reason or slot.reason or self._reason_to_retire(slot, now)
+        reason = slot.reason or self._reason_to_retire(slot, now)
         if reason is not None:
+            self.books.invalidations += reason == "invalidated"
             self._retire(slot, now, reason)
             return
         self._postpone_review(slot, now)
@@ -587,31 +623,6 @@ class Machine:
             replacement.replaces = slot
             slot.is_replaced = True
 
-    def lost(self, slot: Slot, now: float, *, detached: bool) -> bool:
-        """Take a slot back whose connection is gone: detached by its holder, or closed by it.
-
-        :return: False if the slot was not checked out; nothing has changed then.
-        """
-        if slot.state != CHECKED_OUT:
-            return False
-        books = self.books
-        if self.waiting:
-            self.advance(now)
-        books.checkins += 1
-        books.use_time.record(now - slot.held_since)
-        self._close_hold(slot, now)
-        self.checked_out -= 1
-        if slot.is_requested:
-            self._confirm_failed(slot)
-        if detached:
-            books.detached += 1
-        else:
-            books.invalidations += 1
-            books.count_close(slot.reason or "invalidated")
-        self._drop(slot)
-        self._grow(now)
-        return True
-
     def reconnected(self, slot: Slot, now: float, seconds: float) -> None:
         """Note that SQLAlchemy replaced a holder's connection in place."""
         books = self.books
@@ -622,10 +633,6 @@ class Machine:
         slot.reason = None
         self._set_age(slot, now)
 
-    def leaked(self, slot: Slot, now: float) -> bool:
-        """Take a slot back that nobody refers to any more; its connection is closed."""
-        return self.checkin(slot, now, "leaked")
-
     # -- a holder that is not served yet -----------------------------------------------------
 
     def hold_back(self, slot: Slot) -> None:
@@ -635,16 +642,19 @@ class Machine:
         sees a checkout that is taken back.
         """
         slot.is_requested = True
+        slot.row.checkouts -= 1
         self.books.requesting += 1
 
     def confirm(self, slot: Slot) -> None:
         """Count the holder as served after all."""
         if slot.is_requested:
             slot.is_requested = False
+            slot.row.checkouts += 1
             self.books.requesting -= 1
 
-    def _confirm_failed(self, slot: Slot) -> None:
-        self._not_served(slot)
+    def _refuse_held_back(self, slot: Slot) -> None:
+        """Count a holder whose listeners did not agree as failed."""
+        slot.is_requested = False
         self.books.requesting -= 1
         self.books.failed += 1
 
@@ -658,6 +668,7 @@ class Machine:
     def _new_slot(self, now: float, purpose: Purpose) -> Slot:
         if self.waiting:
             self.advance(now)
+        self.note_peak()
         slot = Slot(now, purpose)
         self.slots[slot] = None
         self.connecting += 1
@@ -703,7 +714,7 @@ class Machine:
                 now,
                 len(self.waiting),
                 self.checked_out + self.checking,
-                books.checkins,
+                books.use_time.count,
                 books.connect_time.sum_seconds / books.connects if books.connects else 0.1,
             )
         fill = self.config.min_size - self.open if self.is_warm else 0
@@ -773,7 +784,7 @@ class Machine:
             self._record_wait(request, served=False)
             self._retire(slot, now, "closed")
         else:
-            self._hand_out(slot, now, slot.label, slot.caller)
+            self._hand_out(slot, now, slot.holder)
             self._settle(slot, request, now)
 
     def _retire_replaced(self, slot: Slot, now: float) -> None:
@@ -844,6 +855,7 @@ class Machine:
 
     def _drop(self, slot: Slot) -> None:
         """Free the place."""
+        self._fewest_idle = len(self.idle)
         slot.state = GONE
         del self.slots[slot]
 
@@ -853,6 +865,7 @@ class Machine:
         """Have a connection closed that nobody holds and that is not in ``idle``."""
         if self.waiting:
             self.advance(now)
+        self._fewest_idle = len(self.idle)
         slot.state = CLOSING
         slot.reason = reason
         self.closing += 1
@@ -877,6 +890,9 @@ class Machine:
 
         :return: when to call again, at the latest.
         """
+        if self.waiting:
+            self.advance(now)
+        self.books.sort_records()
         if self.phase != "closed":
             self._retire_idle(now)
             self._retire_aged(now)
@@ -946,6 +962,8 @@ class Machine:
 
     def retire_all(self, now: float, reason: CloseReason = "retired") -> None:
         """Retire every connection: idle ones now, the others when they come back."""
+        if self.waiting:
+            self.advance(now)
         while self.idle:
             self._retire(self.idle.popleft(), now, reason)
         for slot in self.slots:
@@ -959,12 +977,16 @@ class Machine:
 
     def dispose(self, now: float) -> None:
         """Retire the idle connections; the pool goes on."""
+        if self.waiting:
+            self.advance(now)
         while self.idle:
             self._retire(self.idle.popleft(), now, "disposed")
         self.is_warm = False
 
     def resize(self, config: PoolConfig, now: float) -> None:
         """Adopt other limits: grow for those who wait, or shrink, idle connections first."""
+        if self.waiting:
+            self.advance(now)
         self._adopt(config)
         for slot in self.slots:
             slot.review_at = _REVIEW

@@ -61,10 +61,10 @@ class Pace:
         self._known_count = 0
         self._known_sum = 0.0
 
-    def queue_formed(self, now: float, checkins: int, use_time: Recorder) -> None:
+    def queue_formed(self, now: float, use_time: Recorder) -> None:
         """Note that somebody waits who is the first to do so."""
         self._formed_at = now
-        self._returns_before = checkins
+        self._returns_before = checkins = use_time.count
         recent = checkins - self._known_count
         if recent > 0:
             self._prior = (use_time.sum_seconds - self._known_sum) / recent

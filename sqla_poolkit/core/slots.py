@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 if TYPE_CHECKING:
     from .books import Row
 
-__all__ = ["Close", "CloseReason", "Decision", "Open", "Request", "Slot", "State", "Wake"]
+__all__ = [
+    "Close",
+    "CloseReason",
+    "Decision",
+    "Open",
+    "Request",
+    "ReturnReason",
+    "Slot",
+    "State",
+    "Wake",
+]
 
 State = Literal["idle", "checked_out", "connecting", "checking", "closing", "gone"]
 IDLE: Final = "idle"
@@ -37,6 +47,9 @@ CloseReason = Literal[
     "setup",
 ]
 
+_NOBODY: Final = object()
+
+ReturnReason = CloseReason | Literal["detached", "lost"]
 Purpose = Literal["demand", "replacement", "fill"]
 Failure = Literal["timeout", "rejected", "cancelled", "failed", "unavailable", "closed"]
 
@@ -47,17 +60,15 @@ class Slot:
     __slots__ = (
         "ages_at",
         "asked_at",
-        "caller",
-        "caller_row",
         "expires_at",
         "held_since",
+        "holder",
         "idle_since",
+        "is_detached",
         "is_fresh",
         "is_own_connect",
         "is_replaced",
         "is_requested",
-        "label",
-        "label_row",
         "mark",
         "needs_ping",
         "opened_at",
@@ -67,7 +78,9 @@ class Slot:
         "replaces",
         "request",
         "resource",
+        "returned_at",
         "review_at",
+        "row",
         "started_at",
         "state",
         "uses",
@@ -103,11 +116,13 @@ class Slot:
         """Its holder's request is not settled yet, so it still counts as ``requesting``."""
         self.asked_at = now
         self.held_since = now
+        self.returned_at = now
+        """When the driver took it back; it may be dealt with a little later."""
+        self.is_detached = False
+        """The holder keeps the connection for itself."""
         self.mark = 0.0
-        self.label: str | None = None
-        self.caller: Hashable = None
-        self.label_row: Row | None = None
-        self.caller_row: Row | None = None
+        self.holder: Hashable = _NOBODY
+        self.row: Row
 
     def __repr__(self) -> str:
         return f"<Slot {self.state}, {self.uses} uses>"
@@ -120,12 +135,11 @@ class Request:
 
     __slots__ = (
         "asked_at",
-        "caller",
         "deadline",
         "error",
         "failure",
         "has_queued",
-        "label",
+        "holder",
         "parker",
         "queued_at",
         "slot",
@@ -139,15 +153,13 @@ class Request:
         asked_at: float,
         now: float,
         deadline: float | None,
-        label: str | None,
-        caller: Hashable,
+        holder: Hashable,
     ) -> None:
         self.ticket = ticket
         self.asked_at = asked_at
         self.queued_at = now
         self.deadline = deadline
-        self.label = label
-        self.caller = caller
+        self.holder = holder
         self.has_queued = False
         self.waited = 0.0
         """Seconds in the queue so far, but for the present stay."""

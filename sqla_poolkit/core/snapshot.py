@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .books import Books, Row
+from .books import Books
 from .histogram import Histogram
 from .machine import Machine
 from .slots import Slot
@@ -15,6 +15,7 @@ from .slots import Slot
 __all__ = ["HolderTotals", "PoolInterval", "PoolSnapshot", "SlotReading", "read_machine"]
 
 UNLABELLED = "(unlabelled)"
+UNKNOWN_CALLER = "(unknown)"
 
 _GAUGES = (
     "open",
@@ -288,13 +289,12 @@ class PoolInterval:
 # -- reading a state machine -----------------------------------------------------------------
 
 
-def read_books(
-    books: Books, now: float, describe: Callable[[Hashable], str] | None
-) -> dict[str, Any]:
-    """Return the fields of a snapshot that come from the books alone.
+Describe = Callable[[Hashable], tuple[str | None, str | None]]
+"""Turns a holder as the driver remembers it into its label and its place in the program."""
 
-    :param describe: turns a caller as it was remembered into text; None if none are tracked.
-    """
+
+def read_books(books: Books, now: float) -> dict[str, Any]:
+    """Return the fields of a snapshot that come from the books alone."""
     values: dict[str, Any] = {
         name: getattr(books, name)
         for name in (*_COUNTERS, "peak_checked_out", "peak_waiting", "requesting")
@@ -302,113 +302,102 @@ def read_books(
     values.update({name: getattr(books, name).freeze() for name in _HISTOGRAMS})
     values["uptime_seconds"] = now - books.started_at
     values["closes"] = dict(books.closes)
+    return values
+
+
+def read_rows(
+    books: Books,
+    parts: Iterable[tuple[Hashable, HolderTotals]],
+    describe: Describe,
+    *,
+    has_callers: bool,
+) -> dict[str, Any]:
+    """Return ``labels`` and ``callers``: the holders' rows, and ``parts`` still in progress."""
     causes = {
         "(connecting)": books.caused_by_connecting,
         "(checking)": books.caused_by_checking,
         "(closing)": books.caused_by_closing,
         "(pool)": books.caused_by_pool,
     }
-    reserved = {
+    labels = {
         name: HolderTotals(wait_caused_seconds=seconds)
         for name, seconds in causes.items()
         if seconds
     }
-    values["labels"] = reserved | {
-        UNLABELLED if label is None else str(label): _totals(row)
-        for label, row in books.labels.items()
-    }
-    values["callers"] = None
-    if describe is not None:
-        callers: dict[str, HolderTotals] = dict(reserved)
-        for caller, row in books.callers.items():
-            text = describe(caller)
-            callers[text] = callers.get(text, HolderTotals()) + _totals(row)
-        values["callers"] = callers
-    return values
-
-
-def _totals(row: Row) -> HolderTotals:
-    return HolderTotals(
-        row.checkouts, row.use_seconds, row.wait_seconds, row.wait_caused_seconds
-    )
-
-
-def add_holds(
-    values: dict[str, Any],
-    holds: Iterable[tuple[str | None, str | None, HolderTotals]],
-) -> None:
-    """Add holds and waits in progress (label, caller, part) to the rows of ``read_books``."""
-    labels, callers = values["labels"], values["callers"]
-    for label, caller, part in holds:
-        key = UNLABELLED if label is None else label
-        labels[key] = labels.get(key, HolderTotals()) + part
-        if callers is not None and caller is not None:
-            callers[caller] = callers.get(caller, HolderTotals()) + part
+    callers = dict(labels)
+    rows = [
+        (
+            holder,
+            HolderTotals(
+                row.checkouts, row.use_seconds, row.wait_seconds, row.wait_caused_seconds
+            ),
+        )
+        for holder, row in books.rows.items()
+    ]
+    for holder, totals in (*rows, *parts):
+        label, caller = describe(holder)
+        label = label or UNLABELLED
+        labels[label] = labels.get(label, HolderTotals()) + totals
+        caller = caller or UNKNOWN_CALLER
+        callers[caller] = callers.get(caller, HolderTotals()) + totals
+    return {"labels": labels, "callers": callers if has_callers else None}
 
 
 def read_machine(
-    machine: Machine, now: float, describe: Callable[[Hashable], str] | None
+    machine: Machine, now: float, describe: Describe, *, has_callers: bool
 ) -> dict[str, Any]:
     """Return the fields of a snapshot that the state machine knows; to be called under its lock."""
     books = machine.books
     if machine.waiting:
         machine.advance(now)
-    values = read_books(books, now, describe)
-    waits = [now - request.queued_at + request.waited for request in machine.waiting]
-    granted = [slot.request for slot in machine.slots if slot.request is not None]
-    waits += [request.waited for request in granted]
-    config = machine.config
-    values.update(
-        settings=config.public(),
-        open=machine.open,
-        idle=len(machine.idle),
-        checked_out=machine.checked_out,
-        checking=machine.checking,
-        connecting=machine.connecting,
-        closing=machine.closing,
-        waiting=len(machine.waiting),
-        oldest_wait_seconds=max(waits, default=0.0),
-        waiting_seconds=sum(waits),
-        min_size=config.min_size,
-        max_size=config.max_size,
-        is_unlimited=config.max_size is None,
-        slots=tuple(_read_slot(slot, now, describe) for slot in machine.slots),
-    )
-    name = describe or (lambda caller: None)
-    held = [
-        (
-            slot.label,
-            None if slot.caller is None else name(slot.caller),
-            HolderTotals(0, now - slot.held_since, 0.0, books.caused - slot.mark),
-        )
+    machine.note_peak()
+    waits = [
+        (request.holder, now - request.queued_at + request.waited) for request in machine.waiting
+    ]
+    waits += [
+        (slot.request.holder, slot.request.waited)
+        for slot in machine.slots
+        if slot.request is not None
+    ]
+    holds = [
+        (slot.holder, HolderTotals(0, now - slot.held_since, 0.0, books.caused - slot.mark))
         for slot in machine.slots
         if slot.state == "checked_out"
     ]
-    queued = [
-        (
-            request.label,
-            None if request.caller is None else name(request.caller),
-            HolderTotals(wait_seconds=now - request.queued_at + request.waited),
-        )
-        for request in machine.waiting
-    ]
-    add_holds(values, held + queued)
-    return values
+    queued = [(holder, HolderTotals(wait_seconds=seconds)) for holder, seconds in waits]
+    config = machine.config
+    return {
+        **read_books(books, now),
+        **read_rows(books, holds + queued, describe, has_callers=has_callers),
+        "settings": config.public(),
+        "open": machine.open,
+        "idle": len(machine.idle),
+        "checked_out": machine.checked_out,
+        "checking": machine.checking,
+        "connecting": machine.connecting,
+        "closing": machine.closing,
+        "waiting": len(machine.waiting),
+        "oldest_wait_seconds": max((seconds for _, seconds in waits), default=0.0),
+        "waiting_seconds": sum(seconds for _, seconds in waits),
+        "min_size": config.min_size,
+        "max_size": config.max_size,
+        "is_unlimited": config.max_size is None,
+        "slots": tuple(_read_slot(slot, now, describe) for slot in machine.slots),
+    }
 
 
-def _read_slot(
-    slot: Slot, now: float, describe: Callable[[Hashable], str] | None
-) -> SlotReading:
-    is_held = slot.state == "checked_out"
-    has_caller = slot.state in ("checked_out", "checking")
+def _read_slot(slot: Slot, now: float, describe: Describe) -> SlotReading:
+    state = slot.state
+    has_holder = state in ("checked_out", "checking")
+    label, caller = describe(slot.holder) if has_holder else (None, None)
     return SlotReading(
-        state=slot.state,
-        age_seconds=now - (slot.started_at if slot.state == "connecting" else slot.opened_at),
-        idle_seconds=now - slot.idle_since if slot.state == "idle" else None,
+        state=state,
+        age_seconds=now - (slot.started_at if state == "connecting" else slot.opened_at),
+        idle_seconds=now - slot.idle_since if state == "idle" else None,
         uses=slot.uses,
-        label=slot.label if has_caller else None,
-        caller=describe(slot.caller) if has_caller and describe and slot.caller else None,
-        held_seconds=now - slot.held_since if is_held else None,
+        label=label,
+        caller=caller,
+        held_seconds=now - slot.held_since if state == "checked_out" else None,
     )
 
 

@@ -9,7 +9,9 @@ from types import CodeType, FrameType
 
 import sqlalchemy
 
-__all__ = ["caller_finder", "describe_caller", "describe_stack"]
+from ..core.holders import current_label
+
+__all__ = ["describe_holder", "holder_finder"]
 
 _OWN_FOLDERS = tuple(
     os.path.dirname(os.path.abspath(path)) + os.sep
@@ -17,85 +19,80 @@ _OWN_FOLDERS = tuple(
 )
 _MOST_FRAMES = 20
 
-Place = tuple[CodeType, int]
-"""A code object and the instruction it has reached; the line is worked out when it is read."""
+# connect -> _ConnectionRecord.checkout -> _do_get -> finder
+_FRAMES_OF_A_CHECKOUT = 4
 
-_is_own: dict[CodeType, bool] = {}
+Holder = Hashable
+"""The label alone; or (label, id of a code object, instruction) of the caller; or (label, (id,
+instruction) of each frame).  Lines are worked out when a snapshot is read."""
 
-
-def caller_finder(track: str) -> Callable[[], Hashable]:
-    """Return the function that remembers a caller the way ``track`` asks for."""
-    return {"label": _nobody, "caller": _first_frame, "stack": _whole_stack}[track]
-
-
-def _nobody() -> Hashable:
-    return None
-
-
-def _belongs_to_us(code: CodeType) -> bool:
-    own = _is_own[code] = code.co_filename.startswith(_OWN_FOLDERS) or code.co_filename in (
-        "<string>",
-        "<frozen importlib._bootstrap>",
-    )
-    return own
+# keyed by id: to hash a code object takes longer than to walk the whole stack
+_application: dict[int, CodeType | None] = {}
+"""Code objects of the application by id; None for SQLAlchemy's and ours."""
+_seen: list[CodeType] = []
+"""Keeps them alive, so that their ids stay their own."""
 
 
-def _application_frame() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(3)
-    is_own = _is_own
+def holder_finder(track: str) -> Callable[[], Holder]:
+    """Return the function that remembers who asks the way ``track`` says."""
+    return {"label": current_label.get, "caller": _first_place, "stack": _whole_stack}[track]
+
+
+def _learn(code: CodeType) -> CodeType | None:
+    is_own = code.co_filename.startswith(_OWN_FOLDERS) or code.co_filename == "<string>"
+    _seen.append(code)
+    known = _application[id(code)] = None if is_own else code
+    return known
+
+
+def _application_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the first frame of the application, from this one outwards."""
+    application = _application
     while frame is not None:
         code = frame.f_code
-        own = is_own.get(code)
-        if own is None:
-            own = _belongs_to_us(code)
-        if not own:
+        key = id(code)
+        if application[key] if key in application else _learn(code):
             return frame
         frame = frame.f_back
     return None
 
 
-def _first_frame() -> Hashable:
-    frame: FrameType | None = sys._getframe(2)
-    is_own = _is_own
-    while frame is not None:
-        code = frame.f_code
-        own = is_own.get(code)
-        if own is None:
-            own = _belongs_to_us(code)
-        if not own:
-            return (code, frame.f_lasti)
-        frame = frame.f_back
-    return None
+def _first_place() -> Holder:
+    frame = _application_frame(sys._getframe(_FRAMES_OF_A_CHECKOUT))
+    if frame is None:
+        return (current_label.get(), 0, 0)
+    return (current_label.get(), id(frame.f_code), frame.f_lasti)
 
 
-def _whole_stack() -> Hashable:
-    frame = _application_frame()
-    places: list[Place] = []
+def _whole_stack() -> Holder:
+    frame = _application_frame(sys._getframe(_FRAMES_OF_A_CHECKOUT))
+    places = []
     while frame is not None and len(places) < _MOST_FRAMES:
-        places.append((frame.f_code, frame.f_lasti))
+        code = frame.f_code
+        if id(code) not in _application:
+            _learn(code)
+        places.append((id(code), frame.f_lasti))
         frame = frame.f_back
-    return tuple(places) or None
+    return (current_label.get(), tuple(places))
 
 
-def _describe_place(place: Place) -> str:
-    code, instruction = place
+def describe_holder(holder: Holder) -> tuple[str | None, str | None]:
+    """Return a holder's label, and its caller as ``file:line function`` (a stack: one per line)."""
+    if not isinstance(holder, tuple):
+        return (None if holder is None else str(holder)), None
+    if len(holder) == 3:
+        label, key, instruction = holder
+        return label, _describe_place(key, instruction)
+    label, places = holder
+    return label, "\n".join(_describe_place(*place) or "" for place in places) or None
+
+
+def _describe_place(key: int, instruction: int) -> str | None:
+    code = next((code for code in _seen if id(code) == key), None)
+    if code is None:
+        return None
     line = code.co_firstlineno
     for start, end, number in code.co_lines():
         if start <= instruction < end and number is not None:
             line = number
     return f"{code.co_filename}:{line} {code.co_name}"
-
-
-def describe_caller(caller: Hashable) -> str:
-    """Return ``file:line function`` of what a finder returned; of a stack, its innermost frame."""
-    if not isinstance(caller, tuple) or not caller:
-        return str(caller)
-    return _describe_place(caller if isinstance(caller[0], CodeType) else caller[0])
-
-
-def describe_stack(caller: Hashable) -> list[str]:
-    """Return every remembered frame as ``file:line function``, innermost first."""
-    if not isinstance(caller, tuple) or not caller:
-        return []
-    places = (caller,) if isinstance(caller[0], CodeType) else caller
-    return [_describe_place(place) for place in places]

@@ -9,21 +9,21 @@ from __future__ import annotations
 import os
 import random
 import weakref
+from _thread import get_ident
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import UNSET, PoolConfig
-from ..core.holders import current_label
 from ..core.machine import Machine
 from ..core.slots import CHECKED_OUT, CHECKING, CONNECTING, Close, CloseReason, Open, Request, Slot
 from ..core.snapshot import PoolSnapshot, read_machine
 from ..errors import PoolClosed, PoolMisuse, PoolTimeout
 from . import _liveness, _sqlalchemy, _sync
-from ._callers import caller_finder, describe_caller
+from ._callers import describe_holder, holder_finder
 from ._messages import overloaded_error, timeout_error
-from ._sqlalchemy import ConnectionPoolEntry
+from ._sqlalchemy import ConnectionPoolEntry, assign_slot, slot_of
 from ._upkeep import Upkeep
 from ._workers import Workers
 
@@ -34,15 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["ThreadDriver"]
 
 _AUDIT_SECONDS = 1.0
-
-
-class _Detached:
-    """A return that leaves its connection with the holder."""
-
-    __slots__ = ("record",)
-
-    def __init__(self, record: ConnectionPoolEntry) -> None:
-        self.record = record
+_SORT_AFTER = 500
 
 
 class ThreadDriver:
@@ -51,28 +43,28 @@ class ThreadDriver:
     The lock guards the state machine and the attributes below it.  While it is held there is no
     I/O, no user code and no logging.  It is re-entrant only so that a thread can tell that it
     holds it: the garbage collector may return a connection inside any allocation, so returns go
-    through ``_inbox``, and whoever holds the lock leaves it to be emptied after the release.
+    through ``inbox``, and whoever holds the lock leaves it to be emptied after the release.
     """
 
     def __init__(self, config: PoolConfig) -> None:
-        self._lock = _sync.RLock()
-        self._clock = _sync.monotonic
-        self.machine = Machine(config, self._clock(), random.random)
-        self._slots: dict[ConnectionPoolEntry, Slot] = {}
+        self.lock = _sync.RLock()
+        self.clock = _sync.monotonic
+        self.machine = Machine(config, self.clock(), random.random, _sync.Parker)
         self._spares: list[ConnectionPoolEntry] = []
         """Records without a connection, to be filled again; their ``record_info`` survives."""
         self._suspects: dict[Slot, int] = {}
         self._next_audit = 0.0
 
-        self._inbox: deque[ConnectionPoolEntry | _Detached] = deque()
+        self.inbox: deque[Slot] = deque()
         self._backlog: deque[Decision] = deque()
         """What a return decided, for the upkeep: a return must not start threads."""
         self._watchers: list[_sync.Parker] = []
         self._next_upkeep = 0.0
+        self.confirming: set[int] = set()
+        """Threads whose checkout counts only after the ``checkout`` listeners agreed."""
         self.last_connect_error: str | None = None
         self._pool: Callable[[], ManagedPool | None] = lambda: None
-        self._find_caller: Callable[[], Hashable] = caller_finder(config.track)
-        self._describe = None if config.track == "label" else describe_caller
+        self.find_holder = holder_finder(config.track)
         self._is_inline = config.upkeep == "inline"
         self._workers = Workers(config.name)
         self._upkeep = Upkeep(config.name, self)
@@ -87,67 +79,54 @@ class ThreadDriver:
         predecessor = self._pool()
         self._pool = weakref.ref(pool)
         if predecessor is not None:
-            with self._lock:
+            with self.lock:
+                self.take_returns()
                 self._spares.clear()
-                self.machine.retire_all(self._clock(), "disposed")
+                self.machine.retire_all(self.clock(), "disposed")
                 decisions = self.machine.take_decisions()
             self._carry_out(decisions)
 
     # -- checkout ----------------------------------------------------------------------------
 
-    def checkout(self, pool: ManagedPool) -> ConnectionPoolEntry:
-        """Return a record with a live connection, within the deadline.
-
-        :raises PoolTimeout, PoolOverloaded, PoolClosed: as the state machine decided.
-        """
-        asked_at = self._clock()
-        label = current_label.get()
-        caller = self._find_caller()
-        machine = self.machine
-        decisions = None
-        with self._lock:
-            got = machine.checkout(asked_at, self._clock(), label, caller)
-            if got.state == CHECKED_OUT:
-                if _sqlalchemy.has_listeners(pool, "checkout"):
-                    machine.hold_back(got)
-            elif got.state == "waiting":
-                got.parker = _sync.Parker()
-            if machine.decisions:
-                decisions = machine.take_decisions()
-        if decisions or self._inbox:
-            self._carry_out(decisions)
-        if got.state == CHECKED_OUT:
+    def finish_checkout(self, got: Slot | Request) -> ConnectionPoolEntry:
+        """Bring a checkout to its end that was not served at once, or that left work to do."""
+        with self.lock:
+            decisions = self.machine.take_decisions()
+        self._carry_out(decisions)
+        if got.state is CHECKED_OUT:
             return got.resource
-        return self._obtain(got, pool)
+        return self._obtain(got)
 
-    def _obtain(self, got: Slot | Request, pool: ManagedPool) -> ConnectionPoolEntry:
-        """Bring a checkout to its end that could not be served at once."""
+    def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
+        """Wait, check and connect as the state machine says."""
         while True:
             if isinstance(got, Request):
-                got = self._wait(got, pool)
-            elif got.state == CHECKED_OUT:
+                got = self._wait(got)
+            elif got.state is CHECKED_OUT:
                 return got.resource
             elif got.state == CHECKING:
-                got = self._check(got, pool)
+                got = self._check(got)
             elif got.state == CONNECTING:
-                got = self._connect_here(got, pool)
+                got = self._connect_here(got)
             else:
                 raise PoolClosed(self._closed_message())
 
-    def _step(self, change: Callable[[], Any], pool: ManagedPool) -> Any:
+    def listeners_decide(self) -> bool:
+        """Tell whether listeners have yet to agree to the present thread's checkout."""
+        return get_ident() in self.confirming
+
+    def _step(self, change: Callable[[float], Any]) -> Any:
         """Make one change under the lock, and carry out what it decides."""
-        with self._lock:
-            got = change()
-            if isinstance(got, Slot):
-                if got.state == CHECKED_OUT and _sqlalchemy.has_listeners(pool, "checkout"):
-                    self.machine.hold_back(got)
-            elif isinstance(got, Request) and got.parker is None:
-                got.parker = _sync.Parker()
+        with self.lock:
+            self.take_returns()
+            got = change(self.clock())
+            if isinstance(got, Slot) and got.state is CHECKED_OUT and self.listeners_decide():
+                self.machine.hold_back(got)
             decisions = self.machine.take_decisions()
         self._carry_out(decisions)
         return got
 
-    def _wait(self, request: Request, pool: ManagedPool) -> Slot:
+    def _wait(self, request: Request) -> Slot:
         """Sleep until the request is granted, has failed, or its deadline passes."""
         machine = self.machine
         slot: Slot | None = None
@@ -156,12 +135,12 @@ class ThreadDriver:
             try:
                 self._mind_growth()
                 was_woken = request.parker.park(
-                    None if deadline is None else deadline - self._clock()
+                    None if deadline is None else deadline - self.clock()
                 )
                 end = machine.claim if was_woken else machine.expire
-                slot = self._step(lambda: end(request, self._clock()), pool)
+                slot = self._step(lambda now: end(request, now))
             except BaseException:
-                self._step(lambda: machine.cancel(request, self._clock()), pool)
+                self._step(lambda now: machine.cancel(request, now))
                 raise
         if slot is None:
             raise self._failure(request)
@@ -174,9 +153,9 @@ class ThreadDriver:
             return error
         if request.failure == "closed":
             return PoolClosed(self._closed_message())
-        waited = self._clock() - request.asked_at
+        waited = self.clock() - request.asked_at
         if request.failure == "rejected":
-            with self._lock:
+            with self.lock:
                 gauges = self._gauges()
             return overloaded_error(self.config, gauges)
         return timeout_error(self.snapshot(), waited, self.last_connect_error)
@@ -200,7 +179,7 @@ class ThreadDriver:
             "waiting": len(machine.waiting),
         }
 
-    def _check(self, slot: Slot, pool: ManagedPool) -> Slot | Request:
+    def _check(self, slot: Slot) -> Slot | Request:
         """See whether the connection of a ``checking`` slot is alive."""
         machine = self.machine
         record = slot.resource
@@ -210,97 +189,98 @@ class ThreadDriver:
         try:
             if probe is None or slot.needs_ping or not probe():
                 pinged = True
-                if not _sqlalchemy.ping(pool, record.dbapi_connection):
+                if not _sqlalchemy.ping(self._current_pool(), record.dbapi_connection):
                     stale = "ping"
         except BaseException as error:
             failure = "failed" if isinstance(error, Exception) else "cancelled"
-            self._step(lambda: machine.check_interrupted(slot, self._clock(), failure), pool)
+            self._step(lambda now: machine.check_interrupted(slot, now, failure))
             raise
         probed = probe is not None
         return self._step(
-            lambda: machine.checked(
-                slot, self._clock(), pinged=pinged, probed=probed, stale=stale
-            ),
-            pool,
+            lambda now: machine.checked(slot, now, pinged=pinged, probed=probed, stale=stale)
         )
 
     def confirm(self, record: ConnectionPoolEntry | None) -> None:
         """Count a checkout as served after its listeners agreed."""
-        with self._lock:
-            slot = self._slots.get(record) if record is not None else None
+        with self.lock:
+            slot = None if record is None else slot_of(record)
             if slot is not None:
                 self.machine.confirm(slot)
-        if self._inbox:
-            self._carry_out(None)
+        self.empty_inbox()
 
     # -- checkin -----------------------------------------------------------------------------
+    #
+    # A return is one append, and is dealt with by whoever holds the lock next; at once only if
+    # somebody waits.  No return is stranded: a caller that queues looks into the inbox after it
+    # has queued, and a return looks for waiters after it was put into the inbox.
 
-    def checkin(self, record: ConnectionPoolEntry) -> None:
-        """Take a record back; never waits, never raises because of the network."""
-        self._inbox.append(record)
-        if self._lock._is_owned():
-            # the collector called us while this thread held the lock; it empties the inbox itself
-            return
-        self._carry_out_later(self._empty_inbox())
-
-    def detach(self, record: ConnectionPoolEntry) -> None:
-        """Free the place of a connection that its holder keeps for itself."""
-        self._inbox.append(_Detached(record))
-        if not self._lock._is_owned():
-            self._carry_out_later(self._empty_inbox())
-
-    def _empty_inbox(self) -> list[Decision]:
-        inbox = self._inbox
-        decisions: list[Decision] = []
+    def take_returns(self) -> None:
+        """Deal with the returns in the inbox; the lock must be held."""
+        inbox = self.inbox
+        checkin = self.machine.checkin
         while inbox:
-            with self._lock:
-                now = self._clock()
-                while inbox:
-                    self._take_back(inbox.popleft(), now)
-                if self.machine.decisions:
-                    decisions += self.machine.take_decisions()
-        return decisions
-
-    def _take_back(self, returned: ConnectionPoolEntry | _Detached, now: float) -> None:
-        is_detached = isinstance(returned, _Detached)
-        record = returned.record if isinstance(returned, _Detached) else returned
-        slot = self._slots.get(record)
-        if slot is None:
-            return
-        if record.dbapi_connection is None:
-            if self.machine.lost(slot, now, detached=is_detached):
+            slot = inbox.popleft()
+            record = slot.resource
+            if record is not None and record.dbapi_connection is not None:
+                checkin(slot, slot.returned_at)
+            elif checkin(slot, slot.returned_at, "detached" if slot.is_detached else "lost"):
                 self._let_go(slot)
-        else:
-            soft = _sqlalchemy.is_soft_invalidated(record)
-            self.machine.checkin(slot, now, "invalidated" if soft else None)
+        if len(self.machine.books.use_time.gathered) > _SORT_AFTER:
+            self.machine.books.sort_records()
+
+    def take_back(self, record: ConnectionPoolEntry, *, is_detached: bool) -> None:
+        """Put a returned record's slot into the inbox; see to it at once if somebody waits."""
+        slot = slot_of(record)
+        if slot is None:
+            # it was given up after a fork or by the auditor; its connection is not ours any more
+            return
+        if slot.state is not CHECKED_OUT:
+            raise PoolMisuse(
+                f"a connection of pool {self.config.name!r} was checked in twice; it may be in "
+                "somebody else's hands by now. Close each connection once, in one place"
+            )
+        slot.returned_at = self.clock()
+        slot.is_detached = is_detached
+        self.inbox.append(slot)
+        if is_detached or self.machine.is_pressed:
+            self.empty_inbox()
+
+    def empty_inbox(self) -> None:
+        """Deal with the returns in the inbox unless this thread holds the lock already.
+
+        It does if the garbage collector returned a connection in the middle of a change; then
+        this is done after the change.
+        """
+        while self.inbox and not self.lock._is_owned():
+            with self.lock:
+                self.take_returns()
+                decisions = self.machine.take_decisions()
+            self._carry_out_later(decisions)
 
     def _let_go(self, slot: Slot) -> None:
         """Keep the emptied record of a slot that is gone, as far as QueuePool would."""
         record, slot.resource = slot.resource, None
-        del self._slots[record]
+        assign_slot(record, None)
         if len(self._spares) + len(self.machine.slots) < self.config.pool_size:
             self._spares.append(record)
 
     # -- carrying out ------------------------------------------------------------------------
 
-    def _carry_out(self, decisions: list[Decision] | None) -> None:
+    def _carry_out(self, decisions: list[Decision]) -> None:
         """Do what was decided; the lock must not be held."""
-        todo = deque(decisions or ())
-        while True:
-            while todo:
-                decision = todo.popleft()
-                if isinstance(decision, Open):
-                    self._run(self._connect, decision.slot, todo)
-                elif isinstance(decision, Close):
-                    self._run(self._close, decision.slot, todo)
-                else:
-                    decision.request.parker.unpark()
-            if self._inbox and not self._lock._is_owned():
-                todo.extend(self._empty_inbox())
-            if not todo:
-                break
+        todo = deque(decisions)
+        while todo:
+            decision = todo.popleft()
+            if isinstance(decision, Open):
+                self._run(self._connect, decision.slot, todo)
+            elif isinstance(decision, Close):
+                self._run(self._close, decision.slot, todo)
+            else:
+                decision.request.parker.unpark()
         if decisions:
             self._after_change()
+        if self.machine.is_pressed:
+            self.empty_inbox()
 
     def _carry_out_later(self, decisions: list[Decision]) -> None:
         """Wake who was served now; leave what takes long, or needs a thread, to the upkeep."""
@@ -342,7 +322,7 @@ class ThreadDriver:
         """See to it that the upkeep comes in time for what is due next."""
         if self._is_inline:
             return
-        if self.machine.next_tick(self._clock()) < self._next_upkeep:
+        if self.machine.next_tick(self.clock()) < self._next_upkeep:
             self._wake_upkeep()
 
     def _wake_upkeep(self) -> None:
@@ -358,46 +338,49 @@ class ThreadDriver:
 
     def _connect(self, slot: Slot) -> list[Decision]:
         """Open a connection for a slot, in the background."""
-        with self._lock:
-            wanted = self.machine.starting(slot, self._clock())
+        with self.lock:
+            wanted = self.machine.starting(slot, self.clock())
             decisions = self.machine.take_decisions()
         if not wanted:
             return decisions
-        pool = self._pool()
         try:
-            if pool is None:
-                raise PoolMisuse("the pool was dropped while it opened a connection")
-            record = self._open_record(pool)
+            record = self._open_record(self._current_pool())
         except BaseException as error:  # noqa: BLE001 - whatever it is, a caller waits for it
             self._remember_error(error)
-            with self._lock:
-                self.machine.connect_failed(slot, self._clock(), error)
+            with self.lock:
+                self.machine.connect_failed(slot, self.clock(), error)
                 return decisions + self.machine.take_decisions()
-        with self._lock:
+        with self.lock:
             self._fill(slot, record)
-            self.machine.connected(slot, self._clock())
+            self.machine.connected(slot, self.clock())
             return decisions + self.machine.take_decisions()
 
-    def _connect_here(self, slot: Slot, pool: ManagedPool) -> Slot:
+    def _connect_here(self, slot: Slot) -> Slot:
         """Open a connection in the caller's own thread."""
         machine = self.machine
         try:
-            record = self._open_record(pool)
+            record = self._open_record(self._current_pool())
         except BaseException as error:
             self._remember_error(error)
-            self._step(lambda: machine.connect_failed(slot, self._clock(), error), pool)
+            self._step(lambda now: machine.connect_failed(slot, now, error))
             raise
 
-        def change() -> Slot:
+        def change(now: float) -> Slot:
             self._fill(slot, record)
-            machine.connected(slot, self._clock())
+            machine.connected(slot, now)
             return slot
 
-        return self._step(change, pool)
+        return self._step(change)
+
+    def _current_pool(self) -> ManagedPool:
+        pool = self._pool()
+        if pool is None:
+            raise PoolMisuse("the pool was dropped while a connection was opened or checked")
+        return pool
 
     def _fill(self, slot: Slot, record: ConnectionPoolEntry) -> None:
         slot.resource = record
-        self._slots[record] = slot
+        assign_slot(record, slot)
 
     def _open_record(self, pool: ManagedPool) -> ConnectionPoolEntry:
         """Connect, in a record that was emptied before or in a new one."""
@@ -432,8 +415,8 @@ class ThreadDriver:
             record.close()
         except BaseException:  # noqa: BLE001 - a listener's error must not keep the place
             self._log_failed_close(record)
-        with self._lock:
-            self.machine.closed(slot, self._clock())
+        with self.lock:
+            self.machine.closed(slot, self.clock())
             self._let_go(slot)
             return self.machine.take_decisions()
 
@@ -453,25 +436,20 @@ class ThreadDriver:
 
     # -- SQLAlchemy reconnects in place ------------------------------------------------------
 
-    def reconnected(self, record: ConnectionPoolEntry, seconds: float) -> bool:
+    def reconnected(self, record: ConnectionPoolEntry, seconds: float) -> None:
         """Note that a checked out record was given a new connection by SQLAlchemy."""
-        with self._lock:
-            slot = self._slots.get(record)
-            if slot is None:
-                return False
-            self.machine.reconnected(slot, self._clock(), seconds)
-        return True
-
-    def holds(self, record: ConnectionPoolEntry) -> bool:
-        """Tell whether this record is in a slot."""
-        return record in self._slots
+        with self.lock:
+            slot = slot_of(record)
+            if slot is not None:
+                self.machine.reconnected(slot, self.clock(), seconds)
 
     # -- upkeep ------------------------------------------------------------------------------
 
     def upkeep(self) -> float:
         """Do what is due; return in how many seconds to come again."""
-        with self._lock:
-            now = self._clock()
+        with self.lock:
+            self.take_returns()
+            now = self.clock()
             next_tick = self.machine.tick(now)
             decisions = self.machine.take_decisions()
             if now >= self._next_audit:
@@ -502,27 +480,28 @@ class ThreadDriver:
             suspects[slot] = slot.uses
             was_suspect = self._suspects.get(slot) == slot.uses
             if was_suspect and not _sqlalchemy.is_being_handled(record):
-                if record.dbapi_connection is None:
-                    if self.machine.lost(slot, now, detached=False):
-                        self._let_go(slot)
-                else:
-                    self.machine.leaked(slot, now)
+                if record.dbapi_connection is not None:
+                    self.machine.checkin(slot, now, "leaked")
+                elif self.machine.checkin(slot, now, "lost"):
+                    self._let_go(slot)
         self._suspects = suspects
 
     # -- from the owner of the pool ----------------------------------------------------------
 
     def _change(self, change: Callable[[float], object]) -> None:
-        with self._lock:
-            change(self._clock())
+        with self.lock:
+            self.take_returns()
+            change(self.clock())
             decisions = self.machine.take_decisions()
         self._carry_out(decisions)
         self._after_change()
 
     def dispose(self) -> None:
         """Close the idle connections, in the caller's thread."""
-        with self._lock:
+        with self.lock:
+            self.take_returns()
             self._spares.clear()
-            self.machine.dispose(self._clock())
+            self.machine.dispose(self.clock())
             decisions = self.machine.take_decisions()
         others: list[Decision] = []
         for decision in decisions:
@@ -530,7 +509,7 @@ class ThreadDriver:
                 others += self._close(decision.slot)
             else:
                 others.append(decision)
-        with self._lock:
+        with self.lock:
             self._spares.clear()
         self._carry_out(others)
 
@@ -540,10 +519,9 @@ class ThreadDriver:
 
     def invalidate_generation(self, record: ConnectionPoolEntry | None) -> None:
         """Retire all connections, unless this record is of a generation that already was."""
-        with self._lock:
-            slot = self._slots.get(record) if record is not None else None
-            if slot is not None and slot.reason is not None:
-                return
+        slot = None if record is None else slot_of(record)
+        if slot is not None and slot.reason is not None:
+            return
         self.retire_all("generation")
 
     def resize(self, min_size: Any = UNSET, max_size: Any = UNSET) -> None:
@@ -581,7 +559,7 @@ class ThreadDriver:
         """Close for good: fail who waits, wait for the holders, then cut them off."""
         self._change(self.machine.close)
         if not self._watch(lambda: not self.machine.slots, seconds):
-            with self._lock:
+            with self.lock:
                 held = [s.resource for s in self.machine.slots if s.state == CHECKED_OUT]
             for record in held:
                 self._cut_off(record)
@@ -598,9 +576,9 @@ class ThreadDriver:
         parker = _sync.Parker()
         self._watchers.append(parker)
         try:
-            deadline = None if seconds is None else self._clock() + seconds
+            deadline = None if seconds is None else self.clock() + seconds
             while not is_done():
-                left = None if deadline is None else deadline - self._clock()
+                left = None if deadline is None else deadline - self.clock()
                 if left is not None and left <= 0:
                     return False
                 parker.park(left)
@@ -611,10 +589,16 @@ class ThreadDriver:
     def snapshot(self) -> PoolSnapshot:
         """Return one consistent reading."""
         pool = self._pool()
-        with self._lock:
-            values = read_machine(self.machine, self._clock(), self._describe)
-        if self._inbox:
-            self._carry_out(None)
+        with self.lock:
+            self.take_returns()
+            values = read_machine(
+                self.machine,
+                self.clock(),
+                describe_holder,
+                has_callers=self.config.track != "label",
+            )
+            decisions = self.machine.take_decisions()
+        self._carry_out(decisions)
         return PoolSnapshot(
             name=self.config.name,
             pool_class=type(pool).__name__,
@@ -625,23 +609,24 @@ class ThreadDriver:
 
     def readings(self) -> tuple[int, int, int]:
         """Return (idle, checked out, empty records kept) as one reading, for ``status()``."""
-        with self._lock:
+        with self.lock:
+            self.take_returns()
             machine = self.machine
             held = machine.checked_out + machine.checking
             reading = len(machine.idle), held, len(self._spares)
-        if self._inbox:
-            self._carry_out(None)
+            decisions = machine.take_decisions()
+        self._carry_out(decisions)
         return reading
 
     def idle_records(self) -> deque[ConnectionPoolEntry]:
         """Return the records that are not in use, the empty ones last."""
-        with self._lock:
+        with self.lock:
             return deque([slot.resource for slot in self.machine.idle] + self._spares)
 
     def keep_spares(self, records: Iterable[ConnectionPoolEntry]) -> None:
         """Keep only those of the empty records that are named."""
         named = list(records)
-        with self._lock:
+        with self.lock:
             self._spares = [record for record in self._spares if record in named]
 
     def name(self, name: str) -> None:
@@ -653,11 +638,14 @@ class ThreadDriver:
 
     def after_fork_in_child(self) -> None:
         """Start over with nothing: the connections belong to the parent."""
-        for record in list(self._slots):
-            connection = record.dbapi_connection
-            if connection is not None:
-                _liveness.lay_dead(connection)
-                _graveyard.append(connection)
+        for slot in list(self.machine.slots):
+            record = slot.resource
+            if record is None:
+                continue
+            assign_slot(record, None)
+            if record.dbapi_connection is not None:
+                _liveness.lay_dead(record.dbapi_connection)
+                _graveyard.append(record.dbapi_connection)
         pool = self._pool
         last_config = self.config
         self.__init__(last_config)  # type: ignore[misc]

@@ -15,39 +15,84 @@ from sqlalchemy.pool import Pool
 from sqlalchemy.pool import base as _base
 from sqlalchemy.pool.base import ConnectionPoolEntry, PoolProxiedConnection
 
+from ..core.slots import Slot
+
 __all__ = [
     "BasePool",
     "ConnectionPoolEntry",
     "Creator",
+    "PoolProxiedConnection",
     "Record",
-    "checkout_proxy",
+    "assign_slot",
     "connect_arguments",
     "forget_connection",
-    "has_listeners",
     "is_being_handled",
     "is_referenced",
-    "is_soft_invalidated",
     "ping",
     "prepare_connect_arguments",
     "refill",
+    "slot_of",
 ]
 
-BasePool = Pool
-Record = _base._ConnectionRecord
 Creator = Callable[..., Any]
 
-checkout_proxy: Callable[[Pool], PoolProxiedConnection] = _base._ConnectionFairy._checkout
-"""``Pool.connect`` without its frame: takes a record from ``_do_get`` and makes the proxy."""
+
+class Record(_base._ConnectionRecord):
+    """A record that knows which slot of the pool it fills."""
+
+    __slots__ = ("slot",)
+
+    slot: Slot | None
+
+    def __init__(self, pool: Pool) -> None:
+        self.slot = None
+        super().__init__(pool)
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        """Invalidate as SQLAlchemy does; a soft invalidation retires the connection on return."""
+        if soft and self.slot is not None and self.dbapi_connection is not None:
+            self.slot.reason = "invalidated"
+            self.slot.review_at = _AT_ONCE
+        super().invalidate(e, soft)
+
+
+_AT_ONCE = float("-inf")
+
+
+class BasePool(Pool):
+    """SQLAlchemy's Pool, told apart by whether anybody listens to ``checkout``."""
+
+    def connect(self) -> PoolProxiedConnection:
+        """Return a connection from the pool, as ``Engine.raw_connection`` does."""
+        listeners = self.dispatch.checkout
+        if listeners.listeners or listeners.parent_listeners:
+            return self._connect_heard()
+        # what Pool.connect comes to without listeners and without pings of its own
+        proxy = _base._ConnectionRecord.checkout(self)
+        proxy._counter += 1
+        return proxy
+
+    def _connect_heard(self) -> PoolProxiedConnection:
+        """Return a connection after the ``checkout`` listeners agreed."""
+        return _base._ConnectionFairy._checkout(self)
+
 
 _RECORD_CODES = frozenset(
-    (Record.checkin.__code__, Record.checkout.__func__.__code__)  # type: ignore[attr-defined]
+    (
+        _base._ConnectionRecord.checkin.__code__,
+        _base._ConnectionRecord.checkout.__func__.__code__,  # type: ignore[attr-defined]
+    )
 )
 
 
-def is_soft_invalidated(record: ConnectionPoolEntry) -> bool:
-    """Tell whether a holder asked that this connection be replaced at its next checkout."""
-    # records are emptied before they are used again, so there is no need to compare times
-    return bool(cast(Any, record)._soft_invalidate_time)
+def assign_slot(record: ConnectionPoolEntry, slot: Slot | None) -> None:
+    """Remember which slot a record fills, None for a record outside the pool."""
+    cast(Record, record).slot = slot
+
+
+def slot_of(record: ConnectionPoolEntry) -> Slot | None:
+    """Return the slot that a record fills."""
+    return cast(Record, record).slot
 
 
 def refill(record: ConnectionPoolEntry) -> None:
@@ -85,11 +130,6 @@ def is_being_handled(record: ConnectionPoolEntry) -> bool:
 def ping(pool: Pool, dbapi_connection: Any) -> bool:
     """Ping through the dialect, ``handle_error`` listeners included; False if disconnected."""
     return bool(cast(Any, pool._dialect)._do_ping_w_event(dbapi_connection))
-
-
-def has_listeners(pool: Pool, event: str) -> bool:
-    """Tell whether anybody listens to this event of the pool."""
-    return bool(getattr(pool.dispatch, event))
 
 
 def connect_arguments(creator: Creator) -> tuple[tuple[Any, ...], dict[str, Any]]:

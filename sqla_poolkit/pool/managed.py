@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import weakref
+from _thread import get_ident
 from collections.abc import Callable
 from typing import Any
 
 from ..config import UNSET, PoolConfig
 from ..core.snapshot import PoolSnapshot
 from ..errors import ArgumentError
+from ..core.slots import CHECKED_OUT
 from . import _sqlalchemy, _sync
 from ._compatibility import QueuePoolNames
 from ._driver import ThreadDriver
 from ._fork import start_over_after_fork
-from ._sqlalchemy import BasePool, ConnectionPoolEntry, Creator, checkout_proxy
+from ._sqlalchemy import (
+    BasePool,
+    ConnectionPoolEntry,
+    Creator,
+    PoolProxiedConnection,
+    Record,
+)
 
 __all__ = ["ManagedPool"]
 
@@ -144,30 +152,51 @@ class ManagedPool(QueuePoolNames, BasePool):
 
     # -- what SQLAlchemy calls ---------------------------------------------------------------
 
-    def connect(self) -> Any:
-        """Return a connection from the pool, as ``Engine.raw_connection`` does.
-
-        :raises PoolTimeout: if none could be had within ``pool_timeout``.
-        :raises PoolOverloaded: if ``max_waiting`` callers wait already.
-        :raises PoolClosed: after :meth:`close`.
-        """
-        proxy = checkout_proxy(self)
-        if self.dispatch.checkout:
-            self._driver.confirm(proxy._connection_record)  # type: ignore[attr-defined]
+    def _connect_heard(self) -> PoolProxiedConnection:
+        # the caller counts as served only after the listeners agreed
+        thread = get_ident()
+        self._driver.confirming.add(thread)
+        try:
+            proxy = super()._connect_heard()
+        finally:
+            self._driver.confirming.discard(thread)
+        self._driver.confirm(proxy._connection_record)
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:
-        return self._driver.checkout(self)
+        # the common case, an idle connection is there, ends here; all others in the driver
+        driver = self._driver
+        clock = driver.clock
+        asked_at = clock()
+        holder = driver.find_holder()
+        machine = driver.machine
+        with driver.lock:
+            if driver.inbox:
+                driver.take_returns()
+            got = machine.checkout(asked_at, clock(), holder)
+            if driver.confirming and got.state is CHECKED_OUT and driver.listeners_decide():
+                machine.hold_back(got)
+        if got.state is CHECKED_OUT and not machine.decisions and not driver.inbox:
+            return got.resource
+        return driver.finish_checkout(got)
+
+    def _create_connection(self) -> ConnectionPoolEntry:
+        return Record(self)
 
     def _return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._driver.checkin(record)
+        driver = self._driver
+        slot = record.slot
+        if slot is None or slot.state is not CHECKED_OUT:
+            driver.take_back(record, is_detached=False)
+            return
+        slot.returned_at = driver.clock()
+        driver.inbox.append(slot)
+        if driver.machine.waiting:
+            driver.empty_inbox()
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # checkins come through _return_conn; only a proxy that detaches itself calls this one
-        if record.dbapi_connection is None:
-            self._driver.detach(record)
-        else:
-            self._driver.checkin(record)
+        self._driver.take_back(record, is_detached=record.dbapi_connection is None)
 
     def _should_wrap_creator(self, creator: Creator) -> Callable[[ConnectionPoolEntry], Any]:
         """Notice when SQLAlchemy reconnects a record in its holder's hands."""
@@ -175,7 +204,7 @@ class ManagedPool(QueuePoolNames, BasePool):
         driver = self._driver
 
         def invoke(record: ConnectionPoolEntry) -> Any:
-            if not driver.holds(record):
+            if _sqlalchemy.slot_of(record) is None:
                 return connect(record)
             started_at = _sync.monotonic()
             connection = connect(record)
