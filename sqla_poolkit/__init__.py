@@ -4,9 +4,13 @@ from .core.holders import held_by
 from .core.snapshot import PoolInterval, PoolSnapshot
 from .errors import PoolClosed, PoolOverloaded, PoolTimeout, PoolUnavailable
 from .pool.managed import ManagedPool
+from .pool.monitored import MonitoredNullPool, MonitoredQueuePool
+from .pool.reading import snapshot
 
 __all__ = [
     "ManagedPool",
+    "MonitoredNullPool",
+    "MonitoredQueuePool",
     "PoolClosed",
     "PoolInterval",
     "PoolOverloaded",
@@ -14,4 +18,5 @@ __all__ = [
     "PoolTimeout",
     "PoolUnavailable",
     "held_by",
+    "snapshot",
 ]

@@ -112,7 +112,7 @@ def _reconcile_sizes(given: dict[str, Any]) -> None:
         return
     size = 5 if pool_size is None else _count("pool_size", pool_size)
     overflow = 10 if max_overflow is None else _integer("max_overflow", max_overflow)
-    if overflow < -1:
+    if overflow < -1 and size:
         raise _wrong("max_overflow", max_overflow, "an integer of at least 0, or -1 for no limit")
     given["pool_size"] = size
     given["max_size"] = None if size == 0 or overflow == -1 else size + overflow

@@ -968,12 +968,16 @@ class Machine:
             self._retire(self.idle.popleft(), now, reason)
         for slot in self.slots:
             if slot.state != CLOSING and slot.reason is None:
-                slot.reason = reason
-                slot.review_at = slot.expires_at = _REVIEW
+                self.doom(slot, reason)
                 if slot.state == CONNECTING and not slot.is_own_connect:
                     # what it opens is unwanted, so it must not keep a wanted attempt from its turn
                     self._give_up_turn(slot)
         self._grow(now)
+
+    def doom(self, slot: Slot, reason: CloseReason) -> None:
+        """Have a connection retired when it next comes back."""
+        slot.reason = reason
+        slot.review_at = slot.expires_at = _REVIEW
 
     def dispose(self, now: float) -> None:
         """Retire the idle connections; the pool goes on."""

@@ -17,8 +17,6 @@ class QueuePoolNames:
 
     _driver: ThreadDriver
     _is_asyncio = False
-    # with QueuePool's logger name, logging set up for "sqlalchemy.pool" shows this pool as well
-    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"
 
     def size(self) -> int:
         """Return ``pool_size``; 0 if there is no limit."""

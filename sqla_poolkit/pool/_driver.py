@@ -63,7 +63,8 @@ class ThreadDriver:
         self.confirming: set[int] = set()
         """Threads whose checkout counts only after the ``checkout`` listeners agreed."""
         self.last_connect_error: str | None = None
-        self._pool: Callable[[], ManagedPool | None] = lambda: None
+        self._pools: list[weakref.ref[ManagedPool]] = []
+        """The pool and its predecessors; the last one that is alive opens the connections."""
         self.find_holder = holder_finder(config.track)
         self._is_inline = config.upkeep == "inline"
         self._workers = Workers(config.name)
@@ -76,9 +77,10 @@ class ThreadDriver:
 
     def serve(self, pool: ManagedPool) -> None:
         """Open connections for this pool from now on; those of its predecessors are retired."""
-        predecessor = self._pool()
-        self._pool = weakref.ref(pool)
-        if predecessor is not None:
+        has_predecessor = bool(self._pools)
+        self._pools = [reference for reference in self._pools if reference() is not None]
+        self._pools.append(weakref.ref(pool))
+        if has_predecessor:
             with self.lock:
                 self.take_returns()
                 self._spares.clear()
@@ -223,8 +225,9 @@ class ThreadDriver:
             record = slot.resource
             if record is not None and record.dbapi_connection is not None:
                 checkin(slot, slot.returned_at)
-            elif checkin(slot, slot.returned_at, "detached" if slot.is_detached else "lost"):
+            elif slot.state is CHECKED_OUT:
                 self._let_go(slot)
+                checkin(slot, slot.returned_at, "detached" if slot.is_detached else "lost")
         if len(self.machine.books.use_time.gathered) > _SORT_AFTER:
             self.machine.books.sort_records()
 
@@ -258,10 +261,10 @@ class ThreadDriver:
             self._carry_out_later(decisions)
 
     def _let_go(self, slot: Slot) -> None:
-        """Keep the emptied record of a slot that is gone, as far as QueuePool would."""
+        """Keep the emptied record of a slot that is about to go, as far as QueuePool would."""
         record, slot.resource = slot.resource, None
         assign_slot(record, None)
-        if len(self._spares) + len(self.machine.slots) < self.config.pool_size:
+        if len(self._spares) + len(self.machine.slots) <= self.config.pool_size:
             self._spares.append(record)
 
     # -- carrying out ------------------------------------------------------------------------
@@ -372,6 +375,17 @@ class ThreadDriver:
 
         return self._step(change)
 
+    def lend_late(self, pool: ManagedPool, record: ConnectionPoolEntry) -> None:
+        """Have a connection closed on its return that a pool with a living successor handed out."""
+        with self.lock:
+            slot = slot_of(record)
+            if slot is not None and self._pool() is not pool:
+                self.machine.doom(slot, "disposed")
+
+    def _pool(self) -> ManagedPool | None:
+        alive = (reference() for reference in reversed(self._pools))
+        return next((pool for pool in alive if pool is not None), None)
+
     def _current_pool(self) -> ManagedPool:
         pool = self._pool()
         if pool is None:
@@ -384,11 +398,11 @@ class ThreadDriver:
 
     def _open_record(self, pool: ManagedPool) -> ConnectionPoolEntry:
         """Connect, in a record that was emptied before or in a new one."""
-        try:
-            record = self._spares.pop()
-        except IndexError:
+        spare = self._take_spare()
+        if spare is None:
             record = pool._create_connection()
         else:
+            record = spare
             try:
                 _sqlalchemy.refill(record)
             except BaseException:
@@ -404,6 +418,12 @@ class ThreadDriver:
             record.info[_PROBE] = probe
         return record
 
+    def _take_spare(self) -> ConnectionPoolEntry | None:
+        try:
+            return self._spares.pop()
+        except IndexError:
+            return None
+
     def _remember_error(self, error: BaseException) -> None:
         text = str(error).strip().partition("\n")[0]
         self.last_connect_error = f"{type(error).__name__}: {text}" if text else repr(error)
@@ -416,8 +436,8 @@ class ThreadDriver:
         except BaseException:  # noqa: BLE001 - a listener's error must not keep the place
             self._log_failed_close(record)
         with self.lock:
-            self.machine.closed(slot, self.clock())
             self._let_go(slot)
+            self.machine.closed(slot, self.clock())
             return self.machine.take_decisions()
 
     def _log_failed_close(self, record: ConnectionPoolEntry) -> None:
@@ -482,8 +502,9 @@ class ThreadDriver:
             if was_suspect and not _sqlalchemy.is_being_handled(record):
                 if record.dbapi_connection is not None:
                     self.machine.checkin(slot, now, "leaked")
-                elif self.machine.checkin(slot, now, "lost"):
+                else:
                     self._let_go(slot)
+                    self.machine.checkin(slot, now, "lost")
         self._suspects = suspects
 
     # -- from the owner of the pool ----------------------------------------------------------
@@ -620,6 +641,7 @@ class ThreadDriver:
 
     def idle_records(self) -> deque[ConnectionPoolEntry]:
         """Return the records that are not in use, the empty ones last."""
+        self.empty_inbox()
         with self.lock:
             return deque([slot.resource for slot in self.machine.idle] + self._spares)
 
@@ -646,10 +668,9 @@ class ThreadDriver:
             if record.dbapi_connection is not None:
                 _liveness.lay_dead(record.dbapi_connection)
                 _graveyard.append(record.dbapi_connection)
-        pool = self._pool
-        last_config = self.config
-        self.__init__(last_config)  # type: ignore[misc]
-        self._pool = pool
+        pools = self._pools
+        self.__init__(self.config)  # type: ignore[misc]
+        self._pools = pools
 
 
 _PROBE = "sqla_poolkit.probe"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Any, cast
 
+from sqlalchemy import event
 from sqlalchemy.pool import Pool
 from sqlalchemy.pool import base as _base
 from sqlalchemy.pool.base import ConnectionPoolEntry, PoolProxiedConnection
@@ -29,7 +30,7 @@ __all__ = [
     "is_being_handled",
     "is_referenced",
     "ping",
-    "prepare_connect_arguments",
+    "pass_connect_timeout",
     "refill",
     "slot_of",
 ]
@@ -51,9 +52,19 @@ class Record(_base._ConnectionRecord):
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
         """Invalidate as SQLAlchemy does; a soft invalidation retires the connection on return."""
         if soft and self.slot is not None and self.dbapi_connection is not None:
+            # not under the pool's lock, but only the holder does this, to what it holds
             self.slot.reason = "invalidated"
             self.slot.review_at = _AT_ONCE
         super().invalidate(e, soft)
+
+    def get_connection(self) -> Any:
+        """Return the connection, or open one if there is none.
+
+        SQLAlchemy's would compare wall-clock times here, and reconnect in the caller's time.
+        Whether a connection may still be handed out is the state machine's to say.
+        """
+        connection = self.dbapi_connection
+        return super().get_connection() if connection is None else connection
 
 
 _AT_ONCE = float("-inf")
@@ -97,9 +108,7 @@ def slot_of(record: ConnectionPoolEntry) -> Slot | None:
 
 def refill(record: ConnectionPoolEntry) -> None:
     """Open a new connection in an emptied record, firing the events of a connect."""
-    entry = cast(Any, record)
-    entry._soft_invalidate_time = 0
-    entry.get_connection()
+    cast(Record, record).get_connection()
 
 
 def forget_connection(record: ConnectionPoolEntry) -> None:
@@ -132,17 +141,17 @@ def ping(pool: Pool, dbapi_connection: Any) -> bool:
     return bool(cast(Any, pool._dialect)._do_ping_w_event(dbapi_connection))
 
 
-def connect_arguments(creator: Creator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def connect_arguments(creator: Creator) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Return the driver's connect arguments that ``create_engine`` put into its creator."""
     closure = getattr(creator, "__closure__", None) or ()
     names = getattr(getattr(creator, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, closure, strict=False))
     try:
-        positional = cells["cargs"].cell_contents
+        positional = cells["cargs_tup"].cell_contents
         named = cells["cparams"].cell_contents
     except (KeyError, ValueError):
         return (), {}
-    if isinstance(positional, list | tuple) and isinstance(named, dict):
+    if isinstance(positional, list | tuple) and isinstance(named, Mapping):
         return tuple(positional), named
     return (), {}
 
@@ -155,14 +164,20 @@ _CONNECT_TIMEOUT_OF: Mapping[str, str] = {
 }
 
 
-def prepare_connect_arguments(pool: Pool, connect_timeout: float) -> None:
+def pass_connect_timeout(pool: Pool, seconds: float) -> None:
     """Pass ``connect_timeout`` to a driver that knows it, unless the user did."""
-    module = getattr(pool._dialect, "loaded_dbapi", None)
-    argument = _CONNECT_TIMEOUT_OF.get(getattr(module, "__name__", ""))
-    if argument is not None:
-        _, named = connect_arguments(cast(Any, pool)._creator)
-        if named:
-            named.setdefault(argument, max(1, ceil(connect_timeout)))
+    dialect = cast(Any, pool._dialect)
+    argument = _CONNECT_TIMEOUT_OF.get(getattr(getattr(dialect, "dbapi", None), "__name__", ""))
+    if argument is None:
+        return
+    whole_seconds = max(1, ceil(seconds))
+
+    def add_timeout(
+        dialect: Any, record: Any, positional: list[Any], named: dict[str, Any]
+    ) -> None:
+        named.setdefault(argument, whole_seconds)
+
+    event.listen(dialect, "do_connect", add_timeout)
 
 
 def database_name(pool: Pool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from _thread import get_ident
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from . import _sqlalchemy, _sync
 from ._compatibility import QueuePoolNames
 from ._driver import ThreadDriver
 from ._fork import start_over_after_fork
+from ._names import unique_name
 from ._sqlalchemy import (
     BasePool,
     ConnectionPoolEntry,
@@ -24,11 +24,6 @@ from ._sqlalchemy import (
 )
 
 __all__ = ["ManagedPool"]
-
-# true, as a time of invalidation is expected to be, and earlier than any connection
-_LONG_AGO = 1e-9
-
-_names: weakref.WeakValueDictionary[str, ThreadDriver] = weakref.WeakValueDictionary()
 
 
 class ManagedPool(QueuePoolNames, BasePool):
@@ -76,6 +71,9 @@ class ManagedPool(QueuePoolNames, BasePool):
         and for drivers whose connections cannot be shared by threads.
     """
 
+    # below SQLAlchemy's own pools, so that logging set up for "sqlalchemy.pool" shows this one
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.ManagedPool"
+
     _driver: ThreadDriver
 
     def __init__(
@@ -104,8 +102,9 @@ class ManagedPool(QueuePoolNames, BasePool):
     ) -> None:
         if _predecessor is not None:
             self._driver = _predecessor._driver
-            super().__init__(creator, **kw)
+            super().__init__(creator, _predecessor._recycle, **kw)
             self._driver.serve(self)
+            _predecessor._do_get = _predecessor._do_get_late  # type: ignore[method-assign]
             return
         arguments = {
             "pool_size": pool_size,
@@ -129,12 +128,13 @@ class ManagedPool(QueuePoolNames, BasePool):
         if pre_ping is UNSET:
             arguments["pre_ping"] = kw.get("dialect") is not None
         self._driver = ThreadDriver(PoolConfig.from_arguments(arguments))
-        super().__init__(creator, **kw)
+        lifetime = self._driver.config.max_lifetime
+        super().__init__(creator, -1 if lifetime is None else lifetime, **kw)
         self._refuse_what_cannot_work()
         config = self._driver.config
-        name = _unique_name(pool_name or _sqlalchemy.database_name(self), self._driver)
+        name = unique_name(pool_name or _sqlalchemy.database_name(self), self._driver)
         self._driver.name(name)
-        _sqlalchemy.prepare_connect_arguments(self, config.connect_timeout)
+        _sqlalchemy.pass_connect_timeout(self, config.connect_timeout)
         start_over_after_fork(self._driver)
         self._driver.serve(self)
 
@@ -218,9 +218,15 @@ class ManagedPool(QueuePoolNames, BasePool):
     ) -> None:
         """Retire all connections of the given one's generation."""
         self._driver.invalidate_generation(getattr(connection, "_connection_record", None))
-        self._invalidate_time = _LONG_AGO
+        self._invalidate_time = _sync.wall_clock()
         if _checkin and getattr(connection, "is_valid", False):
             connection.invalidate(exception)
+
+    def _do_get_late(self) -> ConnectionPoolEntry:
+        """Serve a caller who still has this pool although it has a successor."""
+        record = type(self)._do_get(self)
+        self._driver.lend_late(self, record)
+        return record
 
     def recreate(self) -> ManagedPool:
         """Return the pool that takes this one's place: same settings, name, totals and limit.
@@ -286,6 +292,7 @@ class ManagedPool(QueuePoolNames, BasePool):
         self._driver.close(timeout)
 
     def __repr__(self) -> str:
+        self._driver.empty_inbox()
         machine = self._driver.machine
         config = machine.config
         limit = "unlimited" if config.max_size is None else f"of {config.max_size}"
@@ -295,13 +302,3 @@ class ManagedPool(QueuePoolNames, BasePool):
             f"{len(machine.idle)} idle, {machine.checked_out} checked out, "
             f"{machine.connecting} connecting, {len(machine.waiting)} waiting>"
         )
-
-
-def _unique_name(wanted: str, driver: ThreadDriver) -> str:
-    """Return ``wanted``, or ``wanted#2`` and so on if a living pool has that name."""
-    name, number = wanted, 1
-    while name in _names:
-        number += 1
-        name = f"{wanted}#{number}"
-    _names[name] = driver
-    return name
