@@ -737,6 +737,10 @@ class Machine:
         """
         if self.phase == "closed" or slot.reason is not None:
             needed = False
+        elif len(self.slots) > self._limit:
+            # the limit was lowered after this attempt was decided
+            needed = False
+            self._replace_later(slot)
         elif slot.purpose == "demand":
             needed = self._in_flight["demand"] <= len(self.waiting)
         else:
@@ -747,6 +751,14 @@ class Machine:
         self._forget_attempt(slot)
         self._grow(now)
         return False
+
+    def _replace_later(self, slot: Slot) -> None:
+        """Remember what a replacement that comes to nothing was made for."""
+        if slot.replaces is not None:
+            slot.replaces.is_replaced = False
+            slot.replaces.review_at = _REVIEW
+        elif slot.purpose == "replacement":
+            self.owed += 1
 
     def connected(self, slot: Slot, now: float) -> None:
         """Say that a connection was opened; ``slot.resource`` is set."""
@@ -825,11 +837,7 @@ class Machine:
         self._attempt_ended(slot)
         self._drop(slot)
         books.connect_failures += 1
-        if slot.replaces is not None:
-            slot.replaces.is_replaced = False
-            slot.replaces.review_at = _REVIEW
-        elif slot.purpose == "replacement":
-            self.owed += 1
+        self._replace_later(slot)
         self._backoff.failed(now, self._chance())
         if slot.is_own_connect:
             request, slot.request = slot.request, None
@@ -905,7 +913,8 @@ class Machine:
         config = self.config
         if self.waiting and len(self.slots) < self._limit:
             return now + _REPEAT_GROWTH
-        if not self.slots and not self.owed and not (self.is_warm and config.min_size):
+        is_wanted = self.owed or (self.is_warm and config.min_size)
+        if not self.slots and (self.phase == "closed" or not is_wanted):
             return inf
         pause = 5.0
         for period, parts in (

@@ -23,9 +23,9 @@ class QueuePoolNames:
         return self._driver.config.pool_size
 
     def checkedin(self) -> int:
-        """Return the places that can be checked out without opening one more."""
-        idle, _, spare = self._driver.readings()
-        return idle + spare
+        """Return the places that are not in use, as QueuePool with or without a connection."""
+        free, _, empty = self._driver.readings()
+        return free + empty
 
     def checkedout(self) -> int:
         """Return the connections in use."""
@@ -42,11 +42,11 @@ class QueuePoolNames:
 
     def status(self) -> str:
         """Return a line about the state, in QueuePool's words."""
-        idle, held, spare = self._driver.readings()
+        free, held, empty = self._driver.readings()
         size = self.size()
-        overflow = idle + held + spare - size if size else 0
+        overflow = free + held + empty - size if size else 0
         return (
-            f"Pool size: {size}  Connections in pool: {idle + spare} "
+            f"Pool size: {size}  Connections in pool: {free + empty} "
             f"Current Overflow: {overflow} Current Checked out connections: {held}"
         )
 

@@ -13,6 +13,7 @@ from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ..config import UNSET, PoolConfig
@@ -59,7 +60,7 @@ class ThreadDriver:
         self._backlog: deque[Decision] = deque()
         """What a return decided, for the upkeep: a return must not start threads."""
         self._watchers: list[_sync.Parker] = []
-        self._next_upkeep = 0.0
+        self._next_upkeep = inf
         self.confirming: set[int] = set()
         """Threads whose checkout counts only after the ``checkout`` listeners agreed."""
         self.last_connect_error: str | None = None
@@ -264,7 +265,8 @@ class ThreadDriver:
         """Keep the emptied record of a slot that is about to go, as far as QueuePool would."""
         record, slot.resource = slot.resource, None
         assign_slot(record, None)
-        if len(self._spares) + len(self.machine.slots) <= self.config.pool_size:
+        has_room = len(self._spares) + len(self.machine.slots) <= self.config.pool_size
+        if has_room and record.home is self._pool():
             self._spares.append(record)
 
     # -- carrying out ------------------------------------------------------------------------
@@ -629,12 +631,13 @@ class ThreadDriver:
         )
 
     def readings(self) -> tuple[int, int, int]:
-        """Return (idle, checked out, empty records kept) as one reading, for ``status()``."""
+        """Return the places that are (free, taken, empty) as one reading, for ``status()``."""
         with self.lock:
             self.take_returns()
             machine = self.machine
             held = machine.checked_out + machine.checking
-            reading = len(machine.idle), held, len(self._spares)
+            free = len(machine.idle) + machine.closing
+            reading = free, held, len(self._spares)
             decisions = machine.take_decisions()
         self._carry_out(decisions)
         return reading

@@ -41,21 +41,27 @@ Creator = Callable[..., Any]
 class Record(_base._ConnectionRecord):
     """A record that knows which slot of the pool it fills."""
 
-    __slots__ = ("slot",)
+    __slots__ = ("home", "slot")
 
     slot: Slot | None
 
     def __init__(self, pool: Pool) -> None:
         self.slot = None
+        self.home = pool
         super().__init__(pool)
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
-        """Invalidate as SQLAlchemy does; a soft invalidation retires the connection on return."""
-        if soft and self.slot is not None and self.dbapi_connection is not None:
-            # not under the pool's lock, but only the holder does this, to what it holds
-            self.slot.reason = "invalidated"
-            self.slot.review_at = _AT_ONCE
-        super().invalidate(e, soft)
+        """Invalidate as SQLAlchemy does; a connection that is still there goes on its return.
+
+        It is there after a soft invalidation, and after a listener has interrupted a hard one.
+        """
+        try:
+            super().invalidate(e, soft)
+        finally:
+            if self.slot is not None and self.dbapi_connection is not None:
+                # not under the pool's lock, but only the holder does this, to what it holds
+                self.slot.reason = "invalidated"
+                self.slot.review_at = _AT_ONCE
 
     def get_connection(self) -> Any:
         """Return the connection, or open one if there is none.
