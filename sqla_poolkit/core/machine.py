@@ -79,6 +79,7 @@ class Machine:
     ) -> None:
         self.books = Books(now)
         self.phase: Phase = "open"
+        self.is_closed = False
         self.slots: dict[Slot, None] = {}
         """Every slot in use; their number is what ``max_size`` limits."""
         self.idle: deque[Slot] = deque()
@@ -124,7 +125,7 @@ class Machine:
     @property
     def is_pressed(self) -> bool:
         """Tell whether a return should be dealt with at once, not with the next checkout."""
-        return bool(self.waiting) or self.phase == "closed"
+        return bool(self.waiting) or self.is_closed
 
     @property
     def open(self) -> int:
@@ -410,17 +411,30 @@ class Machine:
 
     def cancel(self, request: Request, now: float) -> None:
         """End a request whose caller is gone; what it was granted goes to the next."""
-        if request.failure is not None:
-            return
         slot = request.slot
-        if slot is None:
+        if slot is not None:
+            request.slot = slot.request = None
+            self._fail(request, now, "cancelled")
+            self._take_back(slot, now)
+        elif request in self.waiting:
             self._leave_queue(request, now)
             self._fail(request, now, "cancelled")
             self._grow(now)
-            return
-        request.slot = slot.request = None
-        self._fail(request, now, "cancelled")
-        self._take_back(slot, now)
+
+    def abandon(self, got: Slot | Request, now: float, error: BaseException) -> None:
+        """End a checkout whose caller leaves with an exception, wherever it stands.
+
+        What has come to its end already stays as it is.
+        """
+        if isinstance(got, Request):
+            self.cancel(got, now)
+        elif got.state == CHECKING:
+            failure: Failure = "failed" if isinstance(error, Exception) else "cancelled"
+            self.check_interrupted(got, now, failure)
+        elif got.state == CONNECTING and got.is_own_connect:
+            self.connect_failed(got, now, error)
+        elif got.state == CHECKED_OUT:
+            self.checkin(got, now)
 
     def _take_back(self, slot: Slot, now: float) -> None:
         """Free a slot that was granted but never used."""
@@ -1023,6 +1037,7 @@ class Machine:
     def close(self, now: float) -> None:
         """Hand nothing out any more: fail those who wait, retire what is idle or comes back."""
         self.phase = "closed"
+        self.is_closed = True
         self.owed = 0
         for request in list(self.waiting):
             self._fail_waiting(request, now, "closed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from types import CodeType, FrameType
 
 import sqlalchemy
@@ -27,9 +28,9 @@ Holder = Hashable
 instruction) of each frame).  Lines are worked out when a snapshot is read."""
 
 # keyed by id: to hash a code object takes longer than to walk the whole stack
-_application: dict[int, CodeType | None] = {}
-"""Code objects of the application by id; None for SQLAlchemy's and ours."""
-_seen: list[CodeType] = []
+_application: dict[int, bool] = {}
+"""Whether a code object, by id, is of the application; False for SQLAlchemy's and ours."""
+_codes: dict[int, CodeType] = {}
 """Keeps them alive, so that their ids stay their own."""
 
 
@@ -38,11 +39,12 @@ def holder_finder(track: str) -> Callable[[], Holder]:
     return {"label": current_label.get, "caller": _first_place, "stack": _whole_stack}[track]
 
 
-def _learn(code: CodeType) -> CodeType | None:
+def _learn(code: CodeType) -> bool:
+    key = id(code)
+    _codes[key] = code
     is_own = code.co_filename.startswith(_OWN_FOLDERS) or code.co_filename == "<string>"
-    _seen.append(code)
-    known = _application[id(code)] = None if is_own else code
-    return known
+    _application[key] = not is_own
+    return not is_own
 
 
 def _application_frame(frame: FrameType | None) -> FrameType | None:
@@ -87,8 +89,9 @@ def describe_holder(holder: Holder) -> tuple[str | None, str | None]:
     return label, "\n".join(_describe_place(*place) or "" for place in places) or None
 
 
+@lru_cache(maxsize=4096)
 def _describe_place(key: int, instruction: int) -> str | None:
-    code = next((code for code in _seen if id(code) == key), None)
+    code = _codes.get(key)
     if code is None:
         return None
     line = code.co_firstlineno

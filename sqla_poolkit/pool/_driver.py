@@ -102,17 +102,22 @@ class ThreadDriver:
 
     def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
         """Wait, check and connect as the state machine says."""
-        while True:
-            if isinstance(got, Request):
-                got = self._wait(got)
-            elif got.state is CHECKED_OUT:
-                return got.resource
-            elif got.state == CHECKING:
-                got = self._check(got)
-            elif got.state == CONNECTING:
-                got = self._connect_here(got)
-            else:
-                raise PoolClosed(self._closed_message())
+        machine = self.machine
+        try:
+            while got.state is not CHECKED_OUT:
+                if isinstance(got, Request):
+                    got = self._wait(got)
+                elif got.state == CHECKING:
+                    got = self._check(got)
+                elif got.state == CONNECTING:
+                    got = self._connect_here(got)
+                else:
+                    raise PoolClosed(self._closed_message())
+        except BaseException as error:
+            cause, unfinished = error, got
+            self._step(lambda now: machine.abandon(unfinished, now, cause))
+            raise
+        return got.resource
 
     def listeners_decide(self) -> bool:
         """Tell whether listeners have yet to agree to the present thread's checkout."""
@@ -134,17 +139,11 @@ class ThreadDriver:
         machine = self.machine
         slot: Slot | None = None
         if request.failure is None:
+            self._mind_growth()
             deadline = request.deadline
-            try:
-                self._mind_growth()
-                was_woken = request.parker.park(
-                    None if deadline is None else deadline - self.clock()
-                )
-                end = machine.claim if was_woken else machine.expire
-                slot = self._step(lambda now: end(request, now))
-            except BaseException:
-                self._step(lambda now: machine.cancel(request, now))
-                raise
+            seconds = None if deadline is None else deadline - self.clock()
+            end = machine.claim if request.parker.park(seconds) else machine.expire
+            slot = self._step(lambda now: end(request, now))
         if slot is None:
             raise self._failure(request)
         return slot
@@ -189,15 +188,10 @@ class ThreadDriver:
         probe: _liveness.Probe | None = record.info.get(_PROBE)
         stale: CloseReason | None = None
         pinged = False
-        try:
-            if probe is None or slot.needs_ping or not probe():
-                pinged = True
-                if not _sqlalchemy.ping(self._current_pool(), record.dbapi_connection):
-                    stale = "ping"
-        except BaseException as error:
-            failure = "failed" if isinstance(error, Exception) else "cancelled"
-            self._step(lambda now: machine.check_interrupted(slot, now, failure))
-            raise
+        if probe is None or slot.needs_ping or not probe():
+            pinged = True
+            if not _sqlalchemy.ping(self._current_pool(), record.dbapi_connection):
+                stale = "ping"
         probed = probe is not None
         return self._step(
             lambda now: machine.checked(slot, now, pinged=pinged, probed=probed, stale=stale)
@@ -312,8 +306,8 @@ class ThreadDriver:
             try:
                 self._workers.submit(lambda: self._carry_out(job(slot)))
             except RuntimeError:
-                # no thread can be started: the interpreter is about to end
-                self._is_inline = True
+                # no thread can be started: too many, or the interpreter is about to end
+                pass
             else:
                 return
         todo.extend(job(slot))
@@ -334,7 +328,7 @@ class ThreadDriver:
         try:
             self._upkeep.wake()
         except RuntimeError:
-            self._is_inline = True
+            # no thread can be started: too many, or the interpreter is about to end
             backlog = list(self._backlog)
             self._backlog.clear()
             self._carry_out(backlog)
@@ -367,7 +361,6 @@ class ThreadDriver:
             record = self._open_record(self._current_pool())
         except BaseException as error:
             self._remember_error(error)
-            self._step(lambda now: machine.connect_failed(slot, now, error))
             raise
 
         def change(now: float) -> Slot:

@@ -94,12 +94,9 @@ class BasePool(Pool):
         return _base._ConnectionFairy._checkout(self)
 
 
-_RECORD_CODES = frozenset(
-    (
-        _base._ConnectionRecord.checkin.__code__,
-        _base._ConnectionRecord.checkout.__func__.__code__,  # type: ignore[attr-defined]
-    )
-)
+_CHECKOUT = _base._ConnectionRecord.checkout.__func__.__code__  # type: ignore[attr-defined]
+_CHECKIN = _base._ConnectionRecord.checkin.__code__
+_FINALIZE = _base._finalize_fairy.__code__
 
 
 def assign_slot(record: ConnectionPoolEntry, slot: Slot | None) -> None:
@@ -129,17 +126,24 @@ def is_referenced(record: ConnectionPoolEntry) -> bool:
 
 
 def is_being_handled(record: ConnectionPoolEntry) -> bool:
-    """Tell whether some thread is just now checking this record out or in."""
+    """Tell whether some thread may just now be checking this record out or in."""
     for frame in sys._current_frames().values():
         current: Any = frame
         while current is not None:
-            if current.f_code in _RECORD_CODES and record in (
-                current.f_locals.get("self"),
-                current.f_locals.get("rec"),
-            ):
+            if _handles(current, record):
                 return True
             current = current.f_back
     return False
+
+
+def _handles(frame: Any, record: ConnectionPoolEntry) -> bool:
+    code = frame.f_code
+    if code is _CHECKOUT:
+        # a checkout that has no record yet may be about to get this one
+        return frame.f_locals.get("rec", record) is record
+    if code is _CHECKIN:
+        return frame.f_locals.get("self") is record
+    return code is _FINALIZE and frame.f_locals.get("connection_record") is record
 
 
 def ping(pool: Pool, dbapi_connection: Any) -> bool:

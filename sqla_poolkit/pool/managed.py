@@ -191,7 +191,8 @@ class ManagedPool(QueuePoolNames, BasePool):
             return
         slot.returned_at = driver.clock()
         driver.inbox.append(slot)
-        if driver.machine.waiting:
+        machine = driver.machine
+        if machine.waiting or machine.is_closed:
             driver.empty_inbox()
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
