@@ -28,7 +28,8 @@ class PoolTimeout(exc.TimeoutError):
     """No connection could be had within ``pool_timeout`` seconds.
 
     Carries the code ``3o7r`` of QueuePool's timeout.  ``snapshot`` is the whole state of the pool,
-    read when the caller gave up; ``None`` where the pool keeps no books.
+    read when the caller gave up, or up to 20 ms before if others gave up then; ``None`` where the
+    pool keeps no books.
     """
 
     def __init__(self, message: str, snapshot: PoolSnapshot | None = None) -> None:

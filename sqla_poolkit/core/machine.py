@@ -139,8 +139,7 @@ class Machine:
 
     def take_decisions(self) -> list[Decision]:
         """Return what has to be done, once."""
-        decisions = self.decisions
-        self.decisions = []
+        decisions, self.decisions = self.decisions, []
         return decisions
 
     # -- asking ------------------------------------------------------------------------------
@@ -294,6 +293,8 @@ class Machine:
 
     def advance(self, now: float) -> None:
         """Bring the books of who waits for whom up to date."""
+        if now == self.books.integrated_until:
+            return
         self.books.advance(
             now,
             len(self.waiting),

@@ -8,6 +8,8 @@ from .histogram import Recorder
 
 __all__ = ["Backoff", "Pace", "spread_age"]
 
+_LEAST_CONNECT_SECONDS = 0.05
+_SHARE_TO_WATCH = 0.1  # of a connect: so long a queue is watched before a second attempt starts
 _GOLDEN = 0.6180339887498949
 
 
@@ -48,8 +50,8 @@ class Pace:
     """How soon connections are likely to come back, from the books.
 
     While callers queue every slot is busy, so the time on slots since the queue formed, divided
-    by the returns since then, estimates how long a use takes; a use that has not ended counts
-    with the time it took so far.  What was seen before the queue formed weighs as one return.
+    by the returns since then, estimates how long a use takes.  The uses that have not ended yet
+    count as if each were about to end, after what a use took before the queue formed.
     """
 
     __slots__ = ("_formed_at", "_known_count", "_known_sum", "_prior", "_returns_before")
@@ -80,8 +82,13 @@ class Pace:
         """
         if not serving:
             return waiting
+        # what connecting took before is no promise, and where it is quick one attempt after the
+        # other is quick as well: growth is never judged by less than this
+        connect_seconds = max(connect_seconds, _LEAST_CONNECT_SECONDS)
+        if now - self._formed_at < connect_seconds * _SHARE_TO_WATCH:
+            return 1
         returns = checkins - self._returns_before
-        use = (self._prior + serving * (now - self._formed_at)) / (returns + 1)
+        use = serving * (self._prior + now - self._formed_at) / (returns + serving)
         if use <= 0.0:
             return 1
         return max(1, ceil(waiting - serving * connect_seconds / use))

@@ -36,6 +36,7 @@ __all__ = ["ThreadDriver"]
 
 _AUDIT_SECONDS = 1.0
 _SORT_AFTER = 500
+_SHARE_SECONDS = 0.02
 
 
 class ThreadDriver:
@@ -64,6 +65,7 @@ class ThreadDriver:
         self.confirming: set[int] = set()
         """Threads whose checkout counts only after the ``checkout`` listeners agreed."""
         self.last_connect_error: str | None = None
+        self._reading: tuple[float, PoolSnapshot] | None = None
         self._pools: list[weakref.ref[ManagedPool]] = []
         """The pool and its predecessors; the last one that is alive opens the connections."""
         self.find_holder = holder_finder(config.track)
@@ -93,9 +95,12 @@ class ThreadDriver:
 
     def finish_checkout(self, got: Slot | Request) -> ConnectionPoolEntry:
         """Bring a checkout to its end that was not served at once, or that left work to do."""
-        with self.lock:
-            decisions = self.machine.take_decisions()
-        self._carry_out(decisions)
+        if self.machine.decisions:
+            with self.lock:
+                decisions = self.machine.take_decisions()
+            self._carry_out(decisions)
+        if self.machine.is_pressed:
+            self.empty_inbox()
         if got.state is CHECKED_OUT:
             return got.resource
         return self._obtain(got)
@@ -142,10 +147,24 @@ class ThreadDriver:
             self._mind_growth()
             deadline = request.deadline
             seconds = None if deadline is None else deadline - self.clock()
-            end = machine.claim if request.parker.park(seconds) else machine.expire
-            slot = self._step(lambda now: end(request, now))
+            if request.parker.park(seconds):
+                slot = self._claim(request)
+            else:
+                slot = self._step(lambda now: machine.expire(request, now))
         if slot is None:
             raise self._failure(request)
+        return slot
+
+    def _claim(self, request: Request) -> Slot | None:
+        """Accept what the request was granted: ``_step`` without detours, for the common case."""
+        machine = self.machine
+        with self.lock:
+            slot = machine.claim(request, self.clock())
+            if slot is not None and slot.state is CHECKED_OUT and self.confirming:
+                if self.listeners_decide():
+                    machine.hold_back(slot)
+        if self.inbox and machine.is_pressed:
+            self.empty_inbox()
         return slot
 
     def _failure(self, request: Request) -> BaseException:
@@ -160,7 +179,14 @@ class ThreadDriver:
             with self.lock:
                 gauges = self._gauges()
             return overloaded_error(self.config, gauges)
-        return timeout_error(self.snapshot(), waited, self.last_connect_error)
+        return timeout_error(self._recent_snapshot(), waited, self.last_connect_error)
+
+    def _recent_snapshot(self) -> PoolSnapshot:
+        """Return a snapshot for an error: callers who give up together share one reading."""
+        now = self.clock()
+        if self._reading is None or now - self._reading[0] > _SHARE_SECONDS:
+            self._reading = (now, self.snapshot())
+        return self._reading[1]
 
     def _closed_message(self) -> str:
         return (
@@ -267,7 +293,18 @@ class ThreadDriver:
 
     def _carry_out(self, decisions: list[Decision]) -> None:
         """Do what was decided; the lock must not be held."""
-        todo = deque(decisions)
+        if decisions:
+            self._do(deque(decisions))
+        self._wake_watchers()
+        if self.machine.is_pressed:
+            self.empty_inbox()
+
+    def _wake_watchers(self) -> None:
+        if self._watchers:
+            for parker in list(self._watchers):
+                parker.unpark()
+
+    def _do(self, todo: deque[Decision]) -> None:
         while todo:
             decision = todo.popleft()
             if isinstance(decision, Open):
@@ -276,13 +313,11 @@ class ThreadDriver:
                 self._run(self._close, decision.slot, todo)
             else:
                 decision.request.parker.unpark()
-        if decisions:
-            self._after_change()
-        if self.machine.is_pressed:
-            self.empty_inbox()
+        self._mind_growth()
 
     def _carry_out_later(self, decisions: list[Decision]) -> None:
         """Wake who was served now; leave what takes long, or needs a thread, to the upkeep."""
+        self._wake_watchers()
         if not decisions:
             return
         if self._is_inline:
@@ -311,11 +346,6 @@ class ThreadDriver:
             else:
                 return
         todo.extend(job(slot))
-
-    def _after_change(self) -> None:
-        for parker in list(self._watchers):
-            parker.unpark()
-        self._mind_growth()
 
     def _mind_growth(self) -> None:
         """See to it that the upkeep comes in time for what is due next."""
@@ -510,7 +540,7 @@ class ThreadDriver:
             change(self.clock())
             decisions = self.machine.take_decisions()
         self._carry_out(decisions)
-        self._after_change()
+        self._mind_growth()
 
     def dispose(self) -> None:
         """Close the idle connections, in the caller's thread."""
