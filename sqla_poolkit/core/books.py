@@ -141,26 +141,15 @@ class Books:
         """How often a connection came back."""
         return self.use_time.count
 
-    def advance(
-        self,
-        now: float,
-        waiting: int,
-        checked_out: int,
-        connecting: int,
-        checking: int,
-        closing: int,
+    def charge(
+        self, waited: float, slots: int, connecting: int, checking: int, closing: int
     ) -> None:
-        """Charge the time since the last call to those who kept ``waiting`` callers waiting.
+        """Charge seconds of waiting to those who caused them.
 
-        To be called before any of the five numbers changes while somebody waits, and when
-        somebody starts to.  The waiting is split equally over the slots that are not idle; with
-        no such slot the pool itself answers for it.
+        The waiting is split equally over the ``slots`` that are not idle: those that connect, are
+        checked or close, and for the rest their holders.  With no such slot the pool itself
+        answers for it.
         """
-        waited = (now - self.integrated_until) * waiting
-        self.integrated_until = now
-        if not waited:
-            return
-        slots = checked_out + connecting + checking + closing
         if not slots:
             self.caused_by_pool += waited
             return

@@ -88,18 +88,16 @@ class Ledger:
         }
 
     def _advance(self, now: float) -> None:
-        if self._waiting:
+        """Charge the waiting since the last call, before anything changes."""
+        books = self.books
+        waited = (now - books.integrated_until) * len(self._waiting)
+        books.integrated_until = now
+        if waited:
             gauges = self._gauges()
-            self.books.advance(
-                now,
-                gauges["waiting"],
-                gauges["checked_out"],
-                gauges["connecting"],
-                gauges["checking"],
-                gauges["closing"],
+            busy = gauges["open"] - gauges["idle"] + gauges["connecting"] + gauges["closing"]
+            books.charge(
+                waited, busy, gauges["connecting"], gauges["checking"], gauges["closing"]
             )
-        else:
-            self.books.integrated_until = now
 
     # -- asking ------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ decisions, and carries them out after releasing it:
 
 * ``Open(slot)``: connect, then ``connected`` or ``connect_failed`` (after asking ``starting``);
 * ``Close(slot)``: close the connection, then ``closed``;
-* ``Wake(request)``: wake that caller, who then calls ``claim``.
+* ``Wake(request)``: wake that caller, whose ``slot`` or ``failure`` is set.
 
 A slot is always in one of these states::
 
@@ -128,6 +128,11 @@ class Machine:
         return bool(self.waiting) or self.is_closed
 
     @property
+    def is_full(self) -> bool:
+        """Tell whether no further connection may be opened."""
+        return len(self.slots) >= self._limit
+
+    @property
     def open(self) -> int:
         """How many connections are open: idle, checked out or being checked."""
         return len(self.slots) - self.connecting - self.closing
@@ -196,7 +201,6 @@ class Machine:
         slot.uses += 1
         if slot.uses == self._last_use:
             slot.review_at = _REVIEW
-        self.note_peak()
 
     def note_peak(self) -> None:
         """Bring the peak of ``checked_out`` up to date.
@@ -219,6 +223,7 @@ class Machine:
         if self._is_known_alive(slot, now):
             self._hand_out(slot, now, holder)
             self._settle(slot, None, now)
+            self.note_peak()
         else:
             slot.holder = holder
             self._begin_check(slot, now)
@@ -292,17 +297,24 @@ class Machine:
     # -- waiting -----------------------------------------------------------------------------
 
     def advance(self, now: float) -> None:
-        """Bring the books of who waits for whom up to date."""
-        if now == self.books.integrated_until:
-            return
-        self.books.advance(
-            now,
-            len(self.waiting),
-            self.checked_out,
-            self.connecting,
-            self.checking,
-            self.closing,
-        )
+        """Charge the waiting since the last call to those who caused it.
+
+        To be called before the queue or the state of a slot changes while somebody waits, and
+        when somebody starts to.
+        """
+        books = self.books
+        seconds = now - books.integrated_until
+        if seconds:
+            books.integrated_until = now
+            waiting = len(self.waiting)
+            if waiting:
+                books.charge(
+                    seconds * waiting,
+                    len(self.slots) - len(self.idle),
+                    self.connecting,
+                    self.checking,
+                    self.closing,
+                )
 
     def _enqueue(self, request: Request, now: float) -> None:
         books = self.books
@@ -336,16 +348,23 @@ class Machine:
         request.waited += now - request.queued_at
 
     def _grant(self, slot: Slot, now: float) -> None:
-        """Give a free connection to the caller who waits longest."""
+        """Give a free connection to the caller who waits longest.
+
+        The caller is served from here on: it wakes, or finds its slot at the deadline, and takes
+        it without another look at the books; if it leaves instead, ``cancel`` takes it back.
+        """
         request = next(iter(self.waiting))
         self._leave_queue(request, now)
         request.slot = slot
-        slot.request = request
         slot.asked_at = request.asked_at
-        slot.holder = request.holder
         if self._is_known_alive(slot, now):
             self._hand_out(slot, now, request.holder)
+            self._settle(slot, request, now)
+            if request.is_held_back:
+                self.hold_back(slot)
         else:
+            slot.request = request
+            slot.holder = request.holder
             self._begin_check(slot, now)
         self.decisions.append(Wake(request))
 
@@ -376,21 +395,6 @@ class Machine:
         self._fail(request, now, failure)
         self.decisions.append(Wake(request))
 
-    def claim(self, request: Request, now: float) -> Slot | None:
-        """Accept what a woken request was given.
-
-        :return: its slot, ``checked_out``, ``checking`` or ``connecting`` as after ``checkout``;
-            None if the request has failed (see its ``failure`` and ``error``) or still waits.
-        """
-        slot = request.slot
-        if slot is None:
-            return None
-        request.slot = None
-        if slot.state == CHECKED_OUT:
-            slot.request = None
-            self._settle(slot, request, now)
-        return slot
-
     def _settle(self, slot: Slot, request: Request | None, now: float) -> None:
         """Count a request as served."""
         books = self.books
@@ -402,21 +406,25 @@ class Machine:
     def expire(self, request: Request, now: float) -> Slot | None:
         """End a request whose deadline has passed, unless it was granted at the last moment.
 
-        :return: what ``claim`` returns.
+        :return: its slot if it was; None if it has failed.
         """
         if request.slot is None and request.failure is None:
             self._leave_queue(request, now)
             self._fail(request, now, "timeout")
             self._grow(now)
-        return self.claim(request, now)
+        return request.slot
 
     def cancel(self, request: Request, now: float) -> None:
         """End a request whose caller is gone; what it was granted goes to the next."""
         slot = request.slot
         if slot is not None:
-            request.slot = slot.request = None
-            self._fail(request, now, "cancelled")
-            self._take_back(slot, now)
+            request.slot = None
+            if slot.state is CHECKED_OUT:
+                self.checkin(slot, now)
+            elif slot.request is request:
+                slot.request = None
+                self._fail(request, now, "cancelled")
+                self._take_back(slot, now)
         elif request in self.waiting:
             self._leave_queue(request, now)
             self._fail(request, now, "cancelled")
@@ -438,23 +446,15 @@ class Machine:
             self.checkin(got, now)
 
     def _take_back(self, slot: Slot, now: float) -> None:
-        """Free a slot that was granted but never used."""
+        """Free a slot that was granted to be checked or connected, but was not yet."""
         if self.waiting:
             self.advance(now)
-        if slot.state is CONNECTING:
+        if slot.state == CONNECTING:
             self._forget_attempt(slot)
             self._grow(now)
-            return
-        if slot.state == CHECKING:
-            self.checking -= 1
         else:
-            self._end_unused_hold(slot, now)
-        self._offer(slot, now)
-
-    def _end_unused_hold(self, slot: Slot, now: float) -> None:
-        """End a hold that never reached its caller: no use, but what it made others wait."""
-        slot.uses -= 1
-        slot.row.wait_caused_seconds += self.books.caused - slot.mark
+            self.checking -= 1
+            self._offer(slot, now)
 
     # -- seeing whether it is alive ----------------------------------------------------------
 
@@ -479,6 +479,7 @@ class Machine:
             request, slot.request = slot.request, None
             self._hand_out(slot, now, slot.holder)
             self._settle(slot, request, now)
+            self.note_peak()
             return slot
         return self._ask_again(slot, now, stale)
 
@@ -718,7 +719,8 @@ class Machine:
                 self.owed -= 1
                 self._open(now, "replacement")
             else:
-                self._open(now, "demand" if self.waiting else "fill")
+                is_for_waiter = self._in_flight["demand"] < len(self.waiting)
+                self._open(now, "demand" if is_for_waiter else "fill")
 
     def _wanted(self, now: float) -> int:
         """Return how many attempts should be in flight."""
@@ -800,6 +802,7 @@ class Machine:
             self._offer(slot, now)
             if slot.state == IDLE:
                 slot.idle_since = idle_since
+        self.note_peak()
         self._grow(now)
 
     def _serve_own_connect(self, slot: Slot, now: float) -> None:
@@ -926,7 +929,7 @@ class Machine:
     def next_tick(self, now: float) -> float:
         """Return when ``tick`` should be called, at the latest; infinity if nothing can be due."""
         config = self.config
-        if self.waiting and len(self.slots) < self._limit:
+        if self.waiting and len(self.slots) < self._limit and self.phase == "open":
             return now + _REPEAT_GROWTH
         is_wanted = self.owed or (self.is_warm and config.min_size)
         if not self.slots and (self.phase == "closed" or not is_wanted):
@@ -1033,6 +1036,7 @@ class Machine:
             self.phase = "open"
             while self.waiting and (slot := self._freshest_idle(now)) is not None:
                 self._grant(slot, now)
+            self.note_peak()
             self._grow(now)
 
     def close(self, now: float) -> None:

@@ -111,7 +111,7 @@ class Slot:
         self.needs_ping = False
         self.is_own_connect = False
         self.request: Request | None = None
-        """The request it was granted to, until that has accepted it."""
+        """The request it was granted to, until that is served."""
         self.is_requested = False
         """Its holder's request is not settled yet, so it still counts as ``requesting``."""
         self.asked_at = now
@@ -140,6 +140,7 @@ class Request:
         "failure",
         "has_queued",
         "holder",
+        "is_held_back",
         "parker",
         "queued_at",
         "slot",
@@ -161,6 +162,8 @@ class Request:
         self.deadline = deadline
         self.holder = holder
         self.has_queued = False
+        self.is_held_back = False
+        """It counts as served only after ``confirm``."""
         self.waited = 0.0
         """Seconds in the queue so far, but for the present stay."""
         self.slot: Slot | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import UNSET, PoolConfig
 from ..core.machine import Machine
-from ..core.slots import CHECKED_OUT, CHECKING, CONNECTING, Close, CloseReason, Open, Request, Slot
+from ..core.slots import CHECKED_OUT, CHECKING, CONNECTING, Close, CloseReason, Open, Request, Slot, Wake
 from ..core.snapshot import PoolSnapshot, read_machine
 from ..errors import PoolClosed, PoolMisuse, PoolTimeout
 from . import _liveness, _sqlalchemy, _sync
@@ -99,7 +99,7 @@ class ThreadDriver:
             with self.lock:
                 decisions = self.machine.take_decisions()
             self._carry_out(decisions)
-        if self.machine.is_pressed:
+        if self.inbox:
             self.empty_inbox()
         if got.state is CHECKED_OUT:
             return got.resource
@@ -133,38 +133,35 @@ class ThreadDriver:
         with self.lock:
             self.take_returns()
             got = change(self.clock())
-            if isinstance(got, Slot) and got.state is CHECKED_OUT and self.listeners_decide():
-                self.machine.hold_back(got)
             decisions = self.machine.take_decisions()
         self._carry_out(decisions)
         return got
+
+    def hold_back(self, got: Slot | Request) -> None:
+        """Have a checkout count only after the ``checkout`` listeners agreed to it."""
+        if self.listeners_decide():
+            if isinstance(got, Request):
+                got.is_held_back = True
+            elif got.state is CHECKED_OUT:
+                self.machine.hold_back(got)
 
     def _wait(self, request: Request) -> Slot:
         """Sleep until the request is granted, has failed, or its deadline passes."""
         machine = self.machine
         slot: Slot | None = None
-        if request.failure is None:
-            self._mind_growth()
+        # again if it was queued again, and an earlier grant's wake-up came after it had looked
+        while slot is None and request.failure is None:
+            if not machine.is_full:
+                self._mind_growth()
             deadline = request.deadline
             seconds = None if deadline is None else deadline - self.clock()
             if request.parker.park(seconds):
-                slot = self._claim(request)
+                # granted or failed: whoever woke us has settled everything
+                slot = request.slot
             else:
                 slot = self._step(lambda now: machine.expire(request, now))
         if slot is None:
             raise self._failure(request)
-        return slot
-
-    def _claim(self, request: Request) -> Slot | None:
-        """Accept what the request was granted: ``_step`` without detours, for the common case."""
-        machine = self.machine
-        with self.lock:
-            slot = machine.claim(request, self.clock())
-            if slot is not None and slot.state is CHECKED_OUT and self.confirming:
-                if self.listeners_decide():
-                    machine.hold_back(slot)
-        if self.inbox and machine.is_pressed:
-            self.empty_inbox()
         return slot
 
     def _failure(self, request: Request) -> BaseException:
@@ -219,9 +216,13 @@ class ThreadDriver:
             if not _sqlalchemy.ping(self._current_pool(), record.dbapi_connection):
                 stale = "ping"
         probed = probe is not None
-        return self._step(
-            lambda now: machine.checked(slot, now, pinged=pinged, probed=probed, stale=stale)
-        )
+
+        def change(now: float) -> Slot | Request:
+            got = machine.checked(slot, now, pinged=pinged, probed=probed, stale=stale)
+            self.hold_back(got)
+            return got
+
+        return self._step(change)
 
     def confirm(self, record: ConnectionPoolEntry | None) -> None:
         """Count a checkout as served after its listeners agreed."""
@@ -325,10 +326,10 @@ class ThreadDriver:
             return
         later = []
         for decision in decisions:
-            if isinstance(decision, Open | Close):
-                later.append(decision)
-            else:
+            if isinstance(decision, Wake):
                 decision.request.parker.unpark()
+            else:
+                later.append(decision)
         if later:
             self._backlog.extend(later)
             self._wake_upkeep()
@@ -339,13 +340,18 @@ class ThreadDriver:
         """Run a job in the background, or here where there are no threads."""
         if not self._is_inline:
             try:
-                self._workers.submit(lambda: self._carry_out(job(slot)))
+                self._workers.submit(lambda: self._work(job, slot))
             except RuntimeError:
                 # no thread can be started: too many, or the interpreter is about to end
                 pass
             else:
                 return
         todo.extend(job(slot))
+
+    def _work(self, job: Callable[[Slot], list[Decision]], slot: Slot) -> None:
+        """Do a job in the background; after a failed connect something is due soon again."""
+        self._carry_out(job(slot))
+        self._mind_growth()
 
     def _mind_growth(self) -> None:
         """See to it that the upkeep comes in time for what is due next."""
@@ -396,6 +402,7 @@ class ThreadDriver:
         def change(now: float) -> Slot:
             self._fill(slot, record)
             machine.connected(slot, now)
+            self.hold_back(slot)
             return slot
 
         return self._step(change)
@@ -524,7 +531,7 @@ class ThreadDriver:
                 continue
             suspects[slot] = slot.uses
             was_suspect = self._suspects.get(slot) == slot.uses
-            if was_suspect and not _sqlalchemy.is_being_handled(record):
+            if was_suspect and not _sqlalchemy.is_being_handled(record, slot):
                 if record.dbapi_connection is not None:
                     self.machine.checkin(slot, now, "leaked")
                 else:

@@ -125,25 +125,28 @@ def is_referenced(record: ConnectionPoolEntry) -> bool:
     return reference is not None and reference() is not None
 
 
-def is_being_handled(record: ConnectionPoolEntry) -> bool:
-    """Tell whether some thread may just now be checking this record out or in."""
+def is_being_handled(record: ConnectionPoolEntry, slot: Slot) -> bool:
+    """Tell whether some thread is just now checking this record out or in."""
     for frame in sys._current_frames().values():
         current: Any = frame
         while current is not None:
-            if _handles(current, record):
+            if _handles(current, record, slot):
                 return True
             current = current.f_back
     return False
 
 
-def _handles(frame: Any, record: ConnectionPoolEntry) -> bool:
+def _handles(frame: Any, record: ConnectionPoolEntry, slot: Slot) -> bool:
     code = frame.f_code
     if code is _CHECKOUT:
-        # a checkout that has no record yet may be about to get this one
-        return frame.f_locals.get("rec", record) is record
+        return frame.f_locals.get("rec") is record
     if code is _CHECKIN:
         return frame.f_locals.get("self") is record
-    return code is _FINALIZE and frame.f_locals.get("connection_record") is record
+    if code is _FINALIZE:
+        return frame.f_locals.get("connection_record") is record
+    # a caller who was granted this slot and has not returned with it yet
+    got = frame.f_locals.get("got") if frame.f_globals.get("__package__") == __package__ else None
+    return got is slot or getattr(got, "slot", None) is slot
 
 
 def ping(pool: Pool, dbapi_connection: Any) -> bool:

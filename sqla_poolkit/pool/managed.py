@@ -174,8 +174,8 @@ class ManagedPool(QueuePoolNames, BasePool):
             if driver.inbox:
                 driver.take_returns()
             got = machine.checkout(asked_at, clock(), holder)
-            if driver.confirming and got.state is CHECKED_OUT and driver.listeners_decide():
-                machine.hold_back(got)
+            if driver.confirming:
+                driver.hold_back(got)
         if got.state is CHECKED_OUT and not machine.decisions and not driver.inbox:
             return got.resource
         return driver.finish_checkout(got)
