@@ -54,7 +54,7 @@ class PoolConfig:
         _reconcile_lifetime(given)
         known = {field.name for field in fields(cls)}
         checked = {
-            name: _CHECKS.get(name, _as_is)(name, value)
+            name: _CHECKS[name](name, value) if name in _CHECKS else value
             for name, value in given.items()
             if name in known
         }
@@ -224,22 +224,18 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
     return value
 
 
-def _as_is(name: str, value: Any) -> Any:
-    return value
-
-
 _CHECKS: dict[str, Any] = {
     "min_size": _count,
     "max_size": _max_size,
-    "timeout": lambda name, value: _seconds_or_none("pool_timeout", value),
+    "timeout": lambda _, value: _seconds_or_none("pool_timeout", value),
     "idle_timeout": _seconds_or_none,
     "max_lifetime": _seconds_or_none,
     "max_uses": _positive_or_none,
     "connect_timeout": _positive_seconds,
     "max_waiting": _count_or_none,
     "max_connecting": _positive,
-    "use_lifo": lambda name, value: _flag("pool_use_lifo", value),
-    "pre_ping": lambda name, value: _flag("pool_pre_ping", value),
+    "use_lifo": lambda _, value: _flag("pool_use_lifo", value),
+    "pre_ping": lambda _, value: _flag("pool_pre_ping", value),
     "ping_after": _seconds,
     "upkeep": lambda name, value: _one_of(name, value, get_args(Upkeep)),
     "track": lambda name, value: _one_of(name, value, get_args(Track)),

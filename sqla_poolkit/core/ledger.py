@@ -95,9 +95,7 @@ class Ledger:
         if waited:
             gauges = self._gauges()
             busy = gauges["open"] - gauges["idle"] + gauges["connecting"] + gauges["closing"]
-            books.charge(
-                waited, busy, gauges["connecting"], gauges["checking"], gauges["closing"]
-            )
+            books.charge(waited, busy, gauges["connecting"], gauges["checking"], gauges["closing"])
 
     # -- asking ------------------------------------------------------------------------------
 
@@ -156,7 +154,7 @@ class Ledger:
         held = sum(hold.is_served for hold in self._holds.values())
         books.peak_checked_out = max(books.peak_checked_out, held)
 
-    def failed(self, now: float, request: Hashable, outcome: Outcome) -> None:
+    def failed(self, _now: float, request: Hashable, outcome: Outcome) -> None:
         """Note that the caller got nothing."""
         asking = self._requests.pop(request, None)
         if asking is None:
@@ -202,9 +200,7 @@ class Ledger:
         self._advance(now)
         self._connecting += 1
 
-    def connected(
-        self, now: float, connection: Hashable, place: Hashable, seconds: float
-    ) -> None:
+    def connected(self, now: float, connection: Hashable, place: Hashable, seconds: float) -> None:
         """Note that the attempt succeeded."""
         self._advance(now)
         self._connecting -= 1

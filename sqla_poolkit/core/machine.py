@@ -149,9 +149,7 @@ class Machine:
 
     # -- asking ------------------------------------------------------------------------------
 
-    def checkout(
-        self, asked_at: float, now: float, holder: Hashable = None
-    ) -> Slot | Request:
+    def checkout(self, asked_at: float, now: float, holder: Hashable = None) -> Slot | Request:
         """Ask for a connection.
 
         :param asked_at: when the caller began to ask; the deadline counts from here.
@@ -214,9 +212,7 @@ class Machine:
             self.books.peak_checked_out = most
         self._fewest_idle = len(self.idle)
 
-    def _check(
-        self, slot: Slot, asked_at: float, now: float, holder: Hashable
-    ) -> Slot:
+    def _check(self, slot: Slot, asked_at: float, now: float, holder: Hashable) -> Slot:
         """Reserve an idle connection for a caller who sees first whether it is alive."""
         slot.asked_at = asked_at
         self.books.requesting += 1
@@ -240,9 +236,7 @@ class Machine:
         slot.needs_ping = now - slot.idle_since >= self.config.ping_after
         self.checking += 1
 
-    def _checkout_slowly(
-        self, asked_at: float, now: float, holder: Hashable
-    ) -> Slot | Request:
+    def _checkout_slowly(self, asked_at: float, now: float, holder: Hashable) -> Slot | Request:
         """Find a slot that is no longer the first in line, or queue."""
         self.books.requesting += 1
         self.is_warm = True
@@ -252,7 +246,7 @@ class Machine:
         request = Request(self._tickets, asked_at, now, deadline, holder)
         request.parker = self._new_parker()
         if self.phase == "closed":
-            self._fail(request, now, "closed")
+            self._fail(request, "closed")
             return request
         if self.phase == "open" and not self.waiting:
             slot = self._freshest_idle(now)
@@ -262,9 +256,9 @@ class Machine:
             if self._may_connect_itself():
                 return self._connect_itself(request, now)
         if timeout == 0:
-            self._fail(request, now, "timeout")
+            self._fail(request, "timeout")
         elif (limit := self.config.max_waiting) is not None and len(self.waiting) >= limit:
-            self._fail(request, now, "rejected")
+            self._fail(request, "rejected")
         else:
             self._enqueue(request, now)
             self._grow(now)
@@ -368,7 +362,7 @@ class Machine:
             self._begin_check(slot, now)
         self.decisions.append(Wake(request))
 
-    def _fail(self, request: Request, now: float, failure: Failure) -> None:
+    def _fail(self, request: Request, failure: Failure) -> None:
         """End a request that is no longer in the queue without a connection."""
         books = self.books
         books.requesting -= 1
@@ -392,7 +386,7 @@ class Machine:
     def _fail_waiting(self, request: Request, now: float, failure: Failure) -> None:
         """End a request that stands in the queue, and wake its caller."""
         self._leave_queue(request, now)
-        self._fail(request, now, failure)
+        self._fail(request, failure)
         self.decisions.append(Wake(request))
 
     def _settle(self, slot: Slot, request: Request | None, now: float) -> None:
@@ -410,7 +404,7 @@ class Machine:
         """
         if request.slot is None and request.failure is None:
             self._leave_queue(request, now)
-            self._fail(request, now, "timeout")
+            self._fail(request, "timeout")
             self._grow(now)
         return request.slot
 
@@ -423,11 +417,11 @@ class Machine:
                 self.checkin(slot, now)
             elif slot.request is request:
                 slot.request = None
-                self._fail(request, now, "cancelled")
+                self._fail(request, "cancelled")
                 self._take_back(slot, now)
         elif request in self.waiting:
             self._leave_queue(request, now)
-            self._fail(request, now, "cancelled")
+            self._fail(request, "cancelled")
             self._grow(now)
 
     def abandon(self, got: Slot | Request, now: float, error: BaseException) -> None:
@@ -511,11 +505,11 @@ class Machine:
                 request.ticket = next(iter(self.waiting)).ticket - 1
         request.slot = None
         if self.phase == "closed":
-            self._fail(request, now, "closed")
+            self._fail(request, "closed")
         elif self._may_connect_itself():
             return self._connect_itself(request, now)
         elif self.config.timeout == 0:
-            self._fail(request, now, "timeout")
+            self._fail(request, "timeout")
         else:
             self._enqueue_again(request, now)
             self._grow(now)
@@ -533,7 +527,7 @@ class Machine:
         if request is None:
             self._tickets += 1
             request = Request(self._tickets, slot.asked_at, now, None, slot.holder)
-        self._fail(request, now, failure)
+        self._fail(request, failure)
         self._retire(slot, now, "ping")
 
     # -- giving back -------------------------------------------------------------------------
@@ -968,10 +962,7 @@ class Machine:
         if not self.connecting:
             return
         for slot in self.slots:
-            if (
-                slot.state == CONNECTING
-                and now - slot.started_at >= self.config.connect_timeout
-            ):
+            if slot.state == CONNECTING and now - slot.started_at >= self.config.connect_timeout:
                 self._give_up_turn(slot)
 
     def _give_up_turn(self, slot: Slot) -> None:

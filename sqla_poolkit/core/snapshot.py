@@ -328,9 +328,7 @@ def read_rows(
     rows = [
         (
             holder,
-            HolderTotals(
-                row.checkouts, row.use_seconds, row.wait_seconds, row.wait_caused_seconds
-            ),
+            HolderTotals(row.checkouts, row.use_seconds, row.wait_seconds, row.wait_caused_seconds),
         )
         for holder, row in books.rows.items()
     ]

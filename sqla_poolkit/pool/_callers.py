@@ -22,6 +22,7 @@ _MOST_FRAMES = 20
 
 # connect -> _ConnectionRecord.checkout -> _do_get -> finder
 _FRAMES_OF_A_CHECKOUT = 4
+_caller = sys._getframe  # noqa: SLF001 - inspect.currentframe would have to climb frame by frame
 
 Holder = Hashable
 """The label alone; or (label, id of a code object, instruction) of the caller; or (label, (id,
@@ -60,15 +61,15 @@ def _application_frame(frame: FrameType | None) -> FrameType | None:
 
 
 def _first_place() -> Holder:
-    frame = _application_frame(sys._getframe(_FRAMES_OF_A_CHECKOUT))
+    frame = _application_frame(_caller(_FRAMES_OF_A_CHECKOUT))
     if frame is None:
         return (current_label.get(), 0, 0)
     return (current_label.get(), id(frame.f_code), frame.f_lasti)
 
 
 def _whole_stack() -> Holder:
-    frame = _application_frame(sys._getframe(_FRAMES_OF_A_CHECKOUT))
-    places = []
+    frame = _application_frame(_caller(_FRAMES_OF_A_CHECKOUT))
+    places: list[tuple[int, int]] = []
     while frame is not None and len(places) < _MOST_FRAMES:
         code = frame.f_code
         if id(code) not in _application:

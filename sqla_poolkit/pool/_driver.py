@@ -14,11 +14,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..config import UNSET, PoolConfig
 from ..core.machine import Machine
-from ..core.slots import CHECKED_OUT, CHECKING, CONNECTING, Close, CloseReason, Open, Request, Slot, Wake
+from ..core.slots import (
+    CHECKED_OUT,
+    CHECKING,
+    CONNECTING,
+    Close,
+    CloseReason,
+    Open,
+    Request,
+    Slot,
+    Wake,
+)
 from ..core.snapshot import PoolSnapshot, read_machine
 from ..errors import PoolClosed, PoolMisuse, PoolTimeout
 from . import _liveness, _sqlalchemy, _sync
@@ -37,6 +47,13 @@ __all__ = ["ThreadDriver"]
 _AUDIT_SECONDS = 1.0
 _SORT_AFTER = 500
 _SHARE_SECONDS = 0.02
+
+
+_Got = TypeVar("_Got")
+
+
+def _record(slot: Slot | Request) -> ConnectionPoolEntry:
+    return cast(ConnectionPoolEntry, cast(Slot, slot).resource)
 
 
 class ThreadDriver:
@@ -102,7 +119,7 @@ class ThreadDriver:
         if self.inbox:
             self.empty_inbox()
         if got.state is CHECKED_OUT:
-            return got.resource
+            return _record(got)
         return self._obtain(got)
 
     def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
@@ -117,18 +134,21 @@ class ThreadDriver:
                 elif got.state == CONNECTING:
                     got = self._connect_here(got)
                 else:
-                    raise PoolClosed(self._closed_message())
+                    self._refuse()
         except BaseException as error:
             cause, unfinished = error, got
             self._step(lambda now: machine.abandon(unfinished, now, cause))
             raise
-        return got.resource
+        return _record(got)
+
+    def _refuse(self) -> None:
+        raise PoolClosed(self._closed_message())
 
     def listeners_decide(self) -> bool:
         """Tell whether listeners have yet to agree to the present thread's checkout."""
         return get_ident() in self.confirming
 
-    def _step(self, change: Callable[[float], Any]) -> Any:
+    def _step(self, change: Callable[[float], _Got]) -> _Got:
         """Make one change under the lock, and carry out what it decides."""
         with self.lock:
             self.take_returns()
@@ -276,7 +296,7 @@ class ThreadDriver:
         It does if the garbage collector returned a connection in the middle of a change; then
         this is done after the change.
         """
-        while self.inbox and not self.lock._is_owned():
+        while self.inbox and not _sync.is_held(self.lock):
             with self.lock:
                 self.take_returns()
                 decisions = self.machine.take_decisions()
@@ -430,9 +450,10 @@ class ThreadDriver:
 
     def _open_record(self, pool: ManagedPool) -> ConnectionPoolEntry:
         """Connect, in a record that was emptied before or in a new one."""
+        record: ConnectionPoolEntry
         spare = self._take_spare()
         if spare is None:
-            record = pool._create_connection()
+            record = pool.new_record()
         else:
             record = spare
             try:
@@ -465,24 +486,24 @@ class ThreadDriver:
         record = slot.resource
         try:
             record.close()
-        except BaseException:  # noqa: BLE001 - a listener's error must not keep the place
-            self._log_failed_close(record)
+        except BaseException as error:  # noqa: BLE001 - a listener's error must not keep the place
+            self._log_failed_close(record, error)
         with self.lock:
             self._let_go(slot)
             self.machine.closed(slot, self.clock())
             return self.machine.take_decisions()
 
-    def _log_failed_close(self, record: ConnectionPoolEntry) -> None:
+    def _log_failed_close(self, record: ConnectionPoolEntry, error: BaseException) -> None:
         pool = self._pool()
         if pool is None:
             return
-        pool.logger.error("Exception while a connection was closed", exc_info=True)
+        pool.logger.error("Exception while a connection was closed", exc_info=error)
         connection = record.dbapi_connection
         if connection is not None:
             # a listener raised before the connection was reached
             _sqlalchemy.forget_connection(record)
             try:
-                pool._close_connection(connection)
+                pool.close_connection(connection)
             except BaseException:  # noqa: BLE001 - SQLAlchemy has logged it
                 return
 
@@ -588,7 +609,7 @@ class ThreadDriver:
 
     def pause(self) -> None:
         """Hand nothing out until ``resume``."""
-        self._change(lambda now: self.machine.pause())
+        self._change(lambda _: self.machine.pause())
 
     def resume(self) -> None:
         """Hand out again."""
@@ -622,7 +643,7 @@ class ThreadDriver:
         connection = record.dbapi_connection
         pool = self._pool()
         if connection is not None and pool is not None and not _liveness.cut_off(connection):
-            pool._close_connection(connection)
+            pool.close_connection(connection)
 
     def _watch(self, is_done: Callable[[], bool], seconds: float | None) -> bool:
         """Wait until something is so; return whether it is."""

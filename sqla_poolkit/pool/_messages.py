@@ -17,9 +17,10 @@ def timeout_error(
     snapshot: PoolSnapshot, waited: float, last_connect_error: str | None
 ) -> PoolTimeout:
     """Return the error of a caller who waited in vain."""
+    timeout = snapshot.settings["timeout"]
     lines = [
-        f"no connection from pool {snapshot.name!r} within {waited:.2f} s "
-        f"(pool_timeout={snapshot.settings['timeout']}): {_state(snapshot)}."
+        f"no connection from pool {snapshot.name!r} within {waited:.2f} s "  # noqa: ISC004
+        f"(pool_timeout={timeout}): {_state(snapshot)}."
     ]
     held = sorted(
         (slot for slot in snapshot.slots if slot.held_seconds is not None),

@@ -51,7 +51,7 @@ class Recorder:
 
     def _write(self) -> None:
         journal = self._journal
-        while journal and not self._lock._is_owned():
+        while journal and not _sync.is_held(self._lock):
             with self._lock:
                 while journal:
                     entry, now, details = journal.popleft()
@@ -81,9 +81,7 @@ class Recorder:
         finally:
             self.note(self.ledger.wait_ended, request)
 
-    def snapshot(
-        self, pool: Pool, settings: dict[str, Any], max_size: int | None
-    ) -> PoolSnapshot:
+    def snapshot(self, pool: Pool, settings: dict[str, Any], max_size: int | None) -> PoolSnapshot:
         """Return one consistent reading."""
         self._write()
         with self._lock:

@@ -29,8 +29,9 @@ __all__ = [
     "forget_connection",
     "is_being_handled",
     "is_referenced",
-    "ping",
     "pass_connect_timeout",
+    "ping",
+    "record_of",
     "refill",
     "slot_of",
 ]
@@ -89,6 +90,14 @@ class BasePool(Pool):
         proxy._counter += 1
         return proxy
 
+    def new_record(self) -> Record:
+        """Connect, firing the events of a connect."""
+        return Record(self)
+
+    def close_connection(self, connection: Any) -> None:
+        """Close a connection through the dialect; what goes wrong is logged."""
+        self._close_connection(connection)
+
     def _connect_heard(self) -> PoolProxiedConnection:
         """Return a connection after the ``checkout`` listeners agreed."""
         return _base._ConnectionFairy._checkout(self)
@@ -123,6 +132,12 @@ def is_referenced(record: ConnectionPoolEntry) -> bool:
     """Tell whether a proxy for this record is alive, so that somebody holds the connection."""
     reference = cast(Any, record).fairy_ref
     return reference is not None and reference() is not None
+
+
+def record_of(proxy: PoolProxiedConnection) -> ConnectionPoolEntry | None:
+    """Return the record behind a proxy, None if it was detached."""
+    record: ConnectionPoolEntry | None = cast(Any, proxy)._connection_record
+    return record
 
 
 def is_being_handled(record: ConnectionPoolEntry, slot: Slot) -> bool:
@@ -185,9 +200,7 @@ def pass_connect_timeout(pool: Pool, seconds: float) -> None:
         return
     whole_seconds = max(1, ceil(seconds))
 
-    def add_timeout(
-        dialect: Any, record: Any, positional: list[Any], named: dict[str, Any]
-    ) -> None:
+    def add_timeout(_dialect: Any, _record: Any, _args: list[Any], named: dict[str, Any]) -> None:
         named.setdefault(argument, whole_seconds)
 
     event.listen(dialect, "do_connect", add_timeout)

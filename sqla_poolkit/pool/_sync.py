@@ -12,10 +12,15 @@ from contextvars import Context
 from time import monotonic, time
 from typing import Any
 
-__all__ = ["Parker", "RLock", "monotonic", "start_thread", "wall_clock"]
+__all__ = ["Parker", "RLock", "is_held", "monotonic", "start_thread", "wall_clock"]
 
 RLock: Callable[[], Any] = threading.RLock
 wall_clock = time
+
+
+def is_held(lock: Any) -> bool:
+    """Tell whether the present thread holds this lock."""
+    return bool(lock._is_owned())  # noqa: SLF001 - Condition and the standard library's tests use it
 
 
 class Parker:

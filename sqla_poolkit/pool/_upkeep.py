@@ -67,7 +67,9 @@ class Upkeep:
     def _run(self) -> None:
         seconds = 0.0
         while True:
-            was_woken = self._parker.park(min(seconds, _LINGER_SECONDS) if seconds == inf else seconds)
+            was_woken = self._parker.park(
+                min(seconds, _LINGER_SECONDS) if seconds == inf else seconds
+            )
             kept = self._kept()
             if kept is None or self._is_stopped:
                 self._is_running = False

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import UNSET, PoolConfig
+from ..core.slots import CHECKED_OUT
 from ..core.snapshot import PoolSnapshot
 from ..errors import ArgumentError
-from ..core.slots import CHECKED_OUT
 from . import _sqlalchemy, _sync
 from ._compatibility import QueuePoolNames
 from ._driver import ThreadDriver
@@ -20,7 +20,6 @@ from ._sqlalchemy import (
     ConnectionPoolEntry,
     Creator,
     PoolProxiedConnection,
-    Record,
 )
 
 __all__ = ["ManagedPool"]
@@ -97,14 +96,14 @@ class ManagedPool(QueuePoolNames, BasePool):
         upkeep: str = UNSET,
         track: str = UNSET,
         pool_name: str | None = UNSET,
-        _predecessor: ManagedPool | None = None,
+        _driver: ThreadDriver | None = None,
         **kw: Any,
     ) -> None:
-        if _predecessor is not None:
-            self._driver = _predecessor._driver
-            super().__init__(creator, _predecessor._recycle, **kw)
-            self._driver.serve(self)
-            _predecessor._do_get = _predecessor._do_get_late  # type: ignore[method-assign]
+        if _driver is not None:
+            # made by recreate(): the settings live on in the driver
+            self._driver = _driver
+            super().__init__(creator, recycle, **kw)
+            _driver.serve(self)
             return
         arguments = {
             "pool_size": pool_size,
@@ -129,7 +128,8 @@ class ManagedPool(QueuePoolNames, BasePool):
             arguments["pre_ping"] = kw.get("dialect") is not None
         self._driver = ThreadDriver(PoolConfig.from_arguments(arguments))
         lifetime = self._driver.config.max_lifetime
-        super().__init__(creator, -1 if lifetime is None else lifetime, **kw)
+        # SQLAlchemy has its recycle as an integer, but never looks at it here
+        super().__init__(creator, -1 if lifetime is None else lifetime, **kw)  # type: ignore[arg-type]
         self._refuse_what_cannot_work()
         config = self._driver.config
         name = unique_name(pool_name or _sqlalchemy.database_name(self), self._driver)
@@ -160,7 +160,7 @@ class ManagedPool(QueuePoolNames, BasePool):
             proxy = super()._connect_heard()
         finally:
             self._driver.confirming.discard(thread)
-        self._driver.confirm(proxy._connection_record)
+        self._driver.confirm(_sqlalchemy.record_of(proxy))
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:
@@ -173,19 +173,20 @@ class ManagedPool(QueuePoolNames, BasePool):
         with driver.lock:
             if driver.inbox:
                 driver.take_returns()
-            got = machine.checkout(asked_at, clock(), holder)
+            got: Any = machine.checkout(asked_at, clock(), holder)
             if driver.confirming:
                 driver.hold_back(got)
         if got.state is CHECKED_OUT and not machine.decisions and not driver.inbox:
-            return got.resource
+            record: ConnectionPoolEntry = got.resource
+            return record
         return driver.finish_checkout(got)
 
     def _create_connection(self) -> ConnectionPoolEntry:
-        return Record(self)
+        return self.new_record()
 
     def _return_conn(self, record: ConnectionPoolEntry) -> None:
         driver = self._driver
-        slot = record.slot
+        slot = record.slot  # type: ignore[attr-defined]
         if slot is None or slot.state is not CHECKED_OUT:
             driver.take_back(record, is_detached=False)
             return
@@ -201,7 +202,7 @@ class ManagedPool(QueuePoolNames, BasePool):
 
     def _should_wrap_creator(self, creator: Creator) -> Callable[[ConnectionPoolEntry], Any]:
         """Notice when SQLAlchemy reconnects a record in its holder's hands."""
-        connect: Any = super()._should_wrap_creator(creator)  # type: ignore[misc]
+        connect: Any = super()._should_wrap_creator(creator)
         driver = self._driver
 
         def invoke(record: ConnectionPoolEntry) -> Any:
@@ -225,7 +226,7 @@ class ManagedPool(QueuePoolNames, BasePool):
 
     def _do_get_late(self) -> ConnectionPoolEntry:
         """Serve a caller who still has this pool although it has a successor."""
-        record = type(self)._do_get(self)
+        record = ManagedPool._do_get(self)
         self._driver.lend_late(self, record)
         return record
 
@@ -235,15 +236,19 @@ class ManagedPool(QueuePoolNames, BasePool):
         Who waits here is served by it; connections of this one are closed as they come back.
         """
         self.logger.info("Pool recreating")
-        return self.__class__(
+        successor = self.__class__(
             self._creator,
+            recycle=self._recycle,
             echo=self.echo,
             logging_name=self._orig_logging_name,
             reset_on_return=self._reset_on_return,
             _dispatch=self.dispatch,
             dialect=self._dialect,
-            _predecessor=self,
+            _driver=self._driver,
         )
+        # whoever still asks this pool is served, but nothing it hands out stays
+        self._do_get = self._do_get_late  # type: ignore[method-assign]
+        return successor
 
     def dispose(self) -> None:
         """Close the idle connections; the pool goes on, and others come back to it."""

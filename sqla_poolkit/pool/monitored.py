@@ -34,7 +34,7 @@ class _Monitored:
     _recorder: Recorder
     _here: _Here
 
-    def _begin_recording(self, track: Any, pool_name: str | None) -> None:
+    def _begin_recording(self, track: Any) -> None:
         given = {} if track is UNSET else {"track": track}
         self._recorder = Recorder(PoolConfig.from_arguments(given).track)
         self._here = _Here()
@@ -44,7 +44,8 @@ class _Monitored:
         wanted = pool_name or _sqlalchemy.database_name(cast(Any, self))
         self._recorder.name = unique_name(wanted, self._recorder)
 
-    def _continue_recording(self, predecessor: _Monitored) -> None:
+    def continue_recording(self, predecessor: _Monitored) -> None:
+        """Write on in the predecessor's books."""
         self._recorder = predecessor._recorder
 
     def connect(self) -> PoolProxiedConnection:
@@ -56,7 +57,7 @@ class _Monitored:
                 proxy: Any = super().connect()  # type: ignore[misc]
             finally:
                 here.request = outer
-            recorder.note(recorder.ledger.served, request, proxy._connection_record)
+            recorder.note(recorder.ledger.served, request, _sqlalchemy.record_of(proxy))
         return cast(PoolProxiedConnection, proxy)
 
     def _do_get(self) -> ConnectionPoolEntry:
@@ -112,10 +113,10 @@ class _Monitored:
     def _reason_to_close(self, connection: Any, *, terminate: bool) -> CloseReason:
         if not terminate:
             return "closed"
-        pool = cast(Any, self)
+        recycle: float = vars(self)["_recycle"]
         opened_at = self._recorder.ledger.opened_at(id(connection))
         age = 0.0 if opened_at is None else _sync.monotonic() - opened_at
-        return "age" if -1 < pool._recycle < age else "invalidated"
+        return "age" if -1 < recycle < age else "invalidated"
 
     def dispose(self) -> None:
         """Close the idle connections; the pool goes on."""
@@ -129,7 +130,7 @@ class _Monitored:
     def recreate(self) -> Any:
         """Return a pool that takes this one's place: same settings, name and totals."""
         successor = super().recreate()  # type: ignore[misc]
-        successor._continue_recording(self)
+        successor.continue_recording(self)
         return successor
 
     def snapshot(self) -> PoolSnapshot:
@@ -194,7 +195,7 @@ class MonitoredQueuePool(_Monitored, QueuePool):
         pool_name: str | None = None,
         **kw: Any,
     ) -> None:
-        self._begin_recording(track, pool_name)
+        self._begin_recording(track)
         super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)
         cast(_MeasuredQueue, self._pool).pool = self
         self._name_recording(pool_name)
@@ -233,6 +234,6 @@ class MonitoredNullPool(_Monitored, NullPool):
         pool_name: str | None = None,
         **kw: Any,
     ) -> None:
-        self._begin_recording(track, pool_name)
+        self._begin_recording(track)
         super().__init__(creator, **kw)
         self._name_recording(pool_name)
