@@ -41,6 +41,7 @@ class PoolConfig:
     ping_after: float = 1.0
     upkeep: Upkeep = "thread"
     track: Track = "caller"
+    collect_leaks: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> PoolConfig:
@@ -237,6 +238,7 @@ _CHECKS: dict[str, Any] = {
     "use_lifo": lambda _, value: _flag("pool_use_lifo", value),
     "pre_ping": lambda _, value: _flag("pool_pre_ping", value),
     "ping_after": _seconds,
+    "collect_leaks": _flag,
     "upkeep": lambda name, value: _one_of(name, value, get_args(Upkeep)),
     "track": lambda name, value: _one_of(name, value, get_args(Track)),
 }

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
+from itertools import islice
 from math import inf
 from typing import Any, Literal
 
@@ -58,6 +59,7 @@ __all__ = ["Machine"]
 Phase = Literal["open", "paused", "closed"]
 
 _REVIEW = -inf
+_MANY = 1 << 62
 _REPEAT_GROWTH = 0.01  # how often a queue that was thought short-lived is looked at again
 
 
@@ -102,7 +104,7 @@ class Machine:
         self._offset = chance()
         self._opened = 0
         self._tickets = 0
-        self._fewest_idle = 0
+        self._fewest_idle = _MANY
         self._backoff = Backoff()
         self._pace = Pace()
         self._adopt(config)
@@ -199,29 +201,29 @@ class Machine:
         slot.uses += 1
         if slot.uses == self._last_use:
             slot.review_at = _REVIEW
+        if len(self.idle) < self._fewest_idle:
+            self._fewest_idle = len(self.idle)
 
     def note_peak(self) -> None:
         """Bring the peak of ``checked_out`` up to date.
 
-        The hot path only notes how few were idle; the peak follows from that as long as the
-        other numbers stay the same, so this is called where they change.
+        Who hands out only notes how few were idle; the peak follows from that as long as the
+        other numbers stay the same, so this is called before they change.
         """
-        busy = self.open - self.checking
-        most = busy - min(self._fewest_idle, len(self.idle))
+        most = self.open - self.checking - self._fewest_idle
         if most > self.books.peak_checked_out:
             self.books.peak_checked_out = most
-        self._fewest_idle = len(self.idle)
+        self._fewest_idle = _MANY
 
-    def _check(self, slot: Slot, asked_at: float, now: float, holder: Hashable) -> Slot:
+    def _check(self, slot: Slot, request: Request, now: float) -> Slot:
         """Reserve an idle connection for a caller who sees first whether it is alive."""
-        slot.asked_at = asked_at
-        self.books.requesting += 1
+        slot.asked_at = request.asked_at
         if self._is_known_alive(slot, now):
-            self._hand_out(slot, now, holder)
-            self._settle(slot, None, now)
-            self.note_peak()
+            self._hand_out(slot, now, request.holder)
+            self._settle(slot, request, now)
         else:
-            slot.holder = holder
+            slot.request = request
+            slot.holder = request.holder
             self._begin_check(slot, now)
         return slot
 
@@ -234,7 +236,12 @@ class Machine:
     def _begin_check(self, slot: Slot, now: float) -> None:
         slot.state = CHECKING
         slot.needs_ping = now - slot.idle_since >= self.config.ping_after
+        self.note_peak()
         self.checking += 1
+
+    def _end_check(self) -> None:
+        self.note_peak()
+        self.checking -= 1
 
     def _checkout_slowly(self, asked_at: float, now: float, holder: Hashable) -> Slot | Request:
         """Find a slot that is no longer the first in line, or queue."""
@@ -251,8 +258,7 @@ class Machine:
         if self.phase == "open" and not self.waiting:
             slot = self._freshest_idle(now)
             if slot is not None:
-                self.books.requesting -= 1
-                return self._check(slot, asked_at, now, holder)
+                return self._check(slot, request, now)
             if self._may_connect_itself():
                 return self._connect_itself(request, now)
         if timeout == 0:
@@ -447,7 +453,7 @@ class Machine:
             self._forget_attempt(slot)
             self._grow(now)
         else:
-            self.checking -= 1
+            self._end_check()
             self._offer(slot, now)
 
     # -- seeing whether it is alive ----------------------------------------------------------
@@ -466,14 +472,13 @@ class Machine:
         books.probes += probed
         if self.waiting:
             self.advance(now)
-        self.checking -= 1
+        self._end_check()
         if stale is None and slot.reason is not None:
             stale = slot.reason
         if stale is None:
             request, slot.request = slot.request, None
             self._hand_out(slot, now, slot.holder)
             self._settle(slot, request, now)
-            self.note_peak()
             return slot
         return self._ask_again(slot, now, stale)
 
@@ -483,37 +488,27 @@ class Machine:
         if stale in ("probe", "ping"):
             books.ping_failures += 1
         request, slot.request = slot.request, None
-        asked_at, holder = slot.asked_at, slot.holder
+        assert request is not None
         self._retire(slot, now, stale)
         other = self._freshest_idle(now) if self.phase == "open" else None
         if other is not None:
-            books.requesting -= 1
-            other = self._check(other, asked_at, now, holder)
-            if other.state == CHECKING:
-                other.request = request
-            else:
-                self._record_wait(request, served=True)
-            return other
-        if request is None:
-            timeout = self.config.timeout
-            deadline = None if timeout is None else asked_at + timeout
-            self._tickets += 1
-            request = Request(self._tickets, asked_at, now, deadline, holder)
-            request.parker = self._new_parker()
-            if self.waiting:
-                # it was served before everybody who waits now, so it is older than they are
-                request.ticket = next(iter(self.waiting)).ticket - 1
+            return self._check(other, request, now)
         request.slot = None
         if self.phase == "closed":
             self._fail(request, "closed")
-        elif self._may_connect_itself():
-            return self._connect_itself(request, now)
+        elif self._may_connect_itself() and not self._is_behind_others(request):
+            own = self._connect_itself(request, now)
+            own.request = request
+            return own
         elif self.config.timeout == 0:
             self._fail(request, "timeout")
         else:
             self._enqueue_again(request, now)
             self._grow(now)
         return request
+
+    def _is_behind_others(self, request: Request) -> bool:
+        return any(other.ticket < request.ticket for other in islice(self.waiting, 1))
 
     def check_interrupted(self, slot: Slot, now: float, failure: Failure) -> None:
         """End a check that neither passed nor failed: its caller is gone with an exception.
@@ -522,11 +517,9 @@ class Machine:
         """
         if self.waiting:
             self.advance(now)
-        self.checking -= 1
+        self._end_check()
         request, slot.request = slot.request, None
-        if request is None:
-            self._tickets += 1
-            request = Request(self._tickets, slot.asked_at, now, None, slot.holder)
+        assert request is not None
         self._fail(request, failure)
         self._retire(slot, now, "ping")
 
@@ -542,9 +535,11 @@ class Machine:
         if slot.state is not CHECKED_OUT:
             return False
         waiting = self.waiting
-        if waiting:
-            self.advance(now)
         books = self.books
+        if waiting:
+            # it may have come back a moment before the last change, and time never runs backwards
+            now = max(now, books.integrated_until)
+            self.advance(now)
         used = now - slot.held_since
         books.use_time.record(used)
         row = slot.row
@@ -553,6 +548,7 @@ class Machine:
         if caused:
             row.wait_caused_seconds += caused
         slot.is_fresh = False
+        slot.idle_since = now
         if slot.is_requested:
             self._refuse_held_back(slot)
         if reason is not None:
@@ -563,7 +559,6 @@ class Machine:
             self._offer(slot, now)
         else:
             slot.state = IDLE
-            slot.idle_since = now
             self.idle.append(slot)
         return True
 
@@ -577,6 +572,7 @@ class Machine:
         else:
             self.books.invalidations += 1
             self.books.count_close(slot.reason or "invalidated")
+        self.note_peak()
         self._drop(slot)
         self._grow(now)
 
@@ -588,7 +584,6 @@ class Machine:
             self._grant(slot, now)
         else:
             slot.state = IDLE
-            slot.idle_since = now
             self.idle.append(slot)
 
     def _review(self, slot: Slot, now: float) -> None:
@@ -640,8 +635,13 @@ class Machine:
         books.count_close("invalidated")
         books.connects += 1
         books.connect_time.record(seconds)
-        slot.reason = None
+        if slot.reason != "disposed":
+            slot.reason = None
+        slot.is_replaced = False
+        slot.uses = 1
+        slot.opened_at = now
         self._set_age(slot, now)
+        slot.review_at = _REVIEW  # uses, a lower limit or the end of the pool may ask for it still
 
     # -- a holder that is not served yet -----------------------------------------------------
 
@@ -678,7 +678,6 @@ class Machine:
     def _new_slot(self, now: float, purpose: Purpose) -> Slot:
         if self.waiting:
             self.advance(now)
-        self.note_peak()
         slot = Slot(now, purpose)
         self.slots[slot] = None
         self.connecting += 1
@@ -753,12 +752,14 @@ class Machine:
             needed = False
             self._replace_later(slot)
         elif slot.purpose == "demand":
-            needed = self._in_flight["demand"] <= len(self.waiting)
+            needed = self._in_flight["demand"] + slot.overdue <= len(self.waiting)
         else:
             needed = True
         if needed:
             slot.started_at = now
             return True
+        if self.waiting:
+            self.advance(now)
         self._forget_attempt(slot)
         self._grow(now)
         return False
@@ -792,11 +793,7 @@ class Machine:
         elif len(self.slots) - self.closing > self._limit:
             self._retire(slot, now, "resize")
         else:
-            idle_since = slot.idle_since
             self._offer(slot, now)
-            if slot.state == IDLE:
-                slot.idle_since = idle_since
-        self.note_peak()
         self._grow(now)
 
     def _serve_own_connect(self, slot: Slot, now: float) -> None:
@@ -808,13 +805,15 @@ class Machine:
             self._record_wait(request, served=False)
             self._retire(slot, now, "closed")
         else:
+            if len(self.slots) - self.closing > self._limit:
+                slot.review_at = _REVIEW
             self._hand_out(slot, now, slot.holder)
             self._settle(slot, request, now)
 
     def _retire_replaced(self, slot: Slot, now: float) -> None:
         """Let the aged connection go that this one replaces."""
         aged, slot.replaces = slot.replaces, None
-        if aged is None or aged.state == GONE or aged.state == CLOSING:
+        if aged is None or not aged.is_replaced or aged.state == GONE or aged.state == CLOSING:
             return
         # the replacement must not look busier than what it replaces, or nothing ever shrinks
         slot.idle_since = aged.idle_since
@@ -863,6 +862,7 @@ class Machine:
         self._grow(now)
 
     def _attempt_ended(self, slot: Slot) -> None:
+        self.note_peak()
         self.connecting -= 1
         if slot.overdue:
             self.overdue -= 1
@@ -875,7 +875,6 @@ class Machine:
 
     def _drop(self, slot: Slot) -> None:
         """Free the place."""
-        self._fewest_idle = len(self.idle)
         slot.state = GONE
         del self.slots[slot]
 
@@ -885,7 +884,7 @@ class Machine:
         """Have a connection closed that nobody holds and that is not in ``idle``."""
         if self.waiting:
             self.advance(now)
-        self._fewest_idle = len(self.idle)
+        self.note_peak()
         slot.state = CLOSING
         slot.reason = reason
         self.closing += 1
@@ -933,6 +932,7 @@ class Machine:
             (config.idle_timeout, 8),
             (config.max_lifetime, 32),
             (config.connect_timeout if self.connecting else None, 8),
+            (config.timeout if self.waiting and config.collect_leaks else None, 8),
         ):
             if period is not None:
                 pause = min(pause, max(0.02, period / parts))
@@ -1004,6 +1004,7 @@ class Machine:
         while self.idle:
             self._retire(self.idle.popleft(), now, "disposed")
         self.is_warm = False
+        self.owed = 0
 
     def resize(self, config: PoolConfig, now: float) -> None:
         """Adopt other limits: grow for those who wait, or shrink, idle connections first."""
@@ -1027,7 +1028,6 @@ class Machine:
             self.phase = "open"
             while self.waiting and (slot := self._freshest_idle(now)) is not None:
                 self._grant(slot, now)
-            self.note_peak()
             self._grow(now)
 
     def close(self, now: float) -> None:

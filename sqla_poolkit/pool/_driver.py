@@ -33,6 +33,7 @@ from ..core.snapshot import PoolSnapshot, read_machine
 from ..errors import PoolClosed, PoolMisuse, PoolTimeout
 from . import _liveness, _sqlalchemy, _sync
 from ._callers import describe_holder, holder_finder
+from ._collector import collect_garbage
 from ._messages import overloaded_error, timeout_error
 from ._sqlalchemy import ConnectionPoolEntry, assign_slot, slot_of
 from ._upkeep import Upkeep
@@ -67,12 +68,15 @@ class ThreadDriver:
 
     def __init__(self, config: PoolConfig) -> None:
         self.lock = _sync.RLock()
+        self.holds_lock = _sync.ownership_of(self.lock)
         self.clock = _sync.monotonic
         self.machine = Machine(config, self.clock(), random.random, _sync.Parker)
         self._spares: list[ConnectionPoolEntry] = []
         """Records without a connection, to be filled again; their ``record_info`` survives."""
         self._suspects: dict[Slot, int] = {}
         self._next_audit = 0.0
+        self._returns_seen = -1
+        self._stuck_since = inf
 
         self.inbox: deque[Slot] = deque()
         self._backlog: deque[Decision] = deque()
@@ -141,6 +145,13 @@ class ThreadDriver:
             raise
         return _record(got)
 
+    def refuse_nested(self) -> None:
+        """Refuse a checkout that the garbage collector makes while this thread holds the lock."""
+        raise PoolMisuse(
+            f"a connection of pool {self.config.name!r} was asked for by a finalizer that ran in "
+            "the middle of the pool's own work; do not use the database in __del__"
+        )
+
     def _refuse(self) -> None:
         raise PoolClosed(self._closed_message())
 
@@ -171,7 +182,7 @@ class ThreadDriver:
         slot: Slot | None = None
         # again if it was queued again, and an earlier grant's wake-up came after it had looked
         while slot is None and request.failure is None:
-            if not machine.is_full:
+            if not machine.is_full or self.config.collect_leaks:
                 self._mind_growth()
             deadline = request.deadline
             seconds = None if deadline is None else deadline - self.clock()
@@ -296,7 +307,7 @@ class ThreadDriver:
         It does if the garbage collector returned a connection in the middle of a change; then
         this is done after the change.
         """
-        while self.inbox and not _sync.is_held(self.lock):
+        while self.inbox and not self.holds_lock():
             with self.lock:
                 self.take_returns()
                 decisions = self.machine.take_decisions()
@@ -530,11 +541,23 @@ class ThreadDriver:
                 self._audit(now)
                 decisions += self.machine.take_decisions()
             self._next_upkeep = next_tick
+            is_stuck = self._is_stuck(now)
+        if is_stuck:
+            collect_garbage(now)
         backlog = self._backlog
         while backlog:
             decisions.append(backlog.popleft())
         self._carry_out(decisions)
         return next_tick - now
+
+    def _is_stuck(self, now: float) -> bool:
+        """Tell whether callers wait although nothing came back for half of their time."""
+        returns = self.machine.books.use_time.count
+        if returns != self._returns_seen or not self.machine.waiting:
+            self._returns_seen, self._stuck_since = returns, now
+        timeout = self.config.timeout
+        is_wanted = self.config.collect_leaks and timeout is not None
+        return is_wanted and now - self._stuck_since >= (timeout or 0.0) / 2
 
     def _audit(self, now: float) -> None:
         """Reclaim what is checked out although nobody refers to it any more.

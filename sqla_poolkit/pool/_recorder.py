@@ -37,6 +37,7 @@ class Recorder:
         self.track = track
         self.find_holder = holder_finder(track)
         self._lock = _sync.RLock()
+        self._is_writing = _sync.ownership_of(self._lock)
         self._clock = _sync.monotonic
         self._journal: deque[tuple[Callable[..., None], float, tuple[Any, ...]]] = deque()
         self._numbers = count()
@@ -51,7 +52,7 @@ class Recorder:
 
     def _write(self) -> None:
         journal = self._journal
-        while journal and not _sync.is_held(self._lock):
+        while journal and not self._is_writing():
             with self._lock:
                 while journal:
                     entry, now, details = journal.popleft()
@@ -104,5 +105,6 @@ class Recorder:
     def after_fork_in_child(self) -> None:
         """Start over with empty books; the parent's connections are not counted here."""
         self._lock = _sync.RLock()
+        self._is_writing = _sync.ownership_of(self._lock)
         self._journal.clear()
         self.ledger = Ledger(self._clock())

@@ -12,15 +12,16 @@ from contextvars import Context
 from time import monotonic, time
 from typing import Any
 
-__all__ = ["Parker", "RLock", "is_held", "monotonic", "start_thread", "wall_clock"]
+__all__ = ["Parker", "RLock", "monotonic", "ownership_of", "start_thread", "wall_clock"]
 
 RLock: Callable[[], Any] = threading.RLock
 wall_clock = time
 
 
-def is_held(lock: Any) -> bool:
-    """Tell whether the present thread holds this lock."""
-    return bool(lock._is_owned())  # noqa: SLF001 - Condition and the standard library's tests use it
+def ownership_of(lock: Any) -> Callable[[], bool]:
+    """Return the function that tells whether the present thread holds this lock."""
+    is_owned: Callable[[], bool] = lock._is_owned  # noqa: SLF001 - as threading.Condition does
+    return is_owned
 
 
 class Parker:

@@ -63,6 +63,10 @@ class ManagedPool(QueuePoolNames, BasePool):
         connect, and nothing is replaced or closed while nobody calls.
     :param track: what is remembered of a holder: ``"label"`` (what ``held_by`` says),
         ``"caller"`` (also the place in the program; default) or ``"stack"``.
+    :param collect_leaks: run the garbage collector when callers wait and nothing came back for half
+        of ``pool_timeout``, at most every 30 seconds in a process: a ``Connection`` that was
+        dropped unclosed is often part of a reference cycle, and holds its place until then.
+        The collector stops the world while it runs.  Default False.
     :param pool_name: the name in snapshots and messages, unique in the process.  Default
         ``host:port/database``.
     :param kw: arguments of SQLAlchemy's ``Pool``.
@@ -95,6 +99,7 @@ class ManagedPool(QueuePoolNames, BasePool):
         ping_after: float = UNSET,
         upkeep: str = UNSET,
         track: str = UNSET,
+        collect_leaks: bool = UNSET,
         pool_name: str | None = UNSET,
         _driver: ThreadDriver | None = None,
         **kw: Any,
@@ -123,6 +128,7 @@ class ManagedPool(QueuePoolNames, BasePool):
             "ping_after": ping_after,
             "upkeep": upkeep,
             "track": track,
+            "collect_leaks": collect_leaks,
         }
         if pre_ping is UNSET:
             arguments["pre_ping"] = kw.get("dialect") is not None
@@ -170,6 +176,8 @@ class ManagedPool(QueuePoolNames, BasePool):
         asked_at = clock()
         holder = driver.find_holder()
         machine = driver.machine
+        if driver.holds_lock():
+            driver.refuse_nested()
         with driver.lock:
             if driver.inbox:
                 driver.take_returns()
