@@ -57,7 +57,7 @@ def run(plan: Plan) -> Table:
 
         results = on_stub(builders, rounds, measure)
         table.rows.append(Row(what, medians(results), "{:,.0f}"))
-        # with a tiny hold strict order has its price: a connection rests while its next holder wakes
+        # strict order has its price with a tiny hold: a connection rests while its holder wakes
         ours = None if hold else at_least(1.0)
         for name, bar in ((AGAIN, None), (MANAGED_POOL, ours)):
             ratios = pairwise_ratios(results[name], results[QUEUE_POOL])

@@ -13,6 +13,7 @@ from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -140,8 +141,9 @@ class ThreadDriver:
                 else:
                     self._refuse()
         except BaseException as error:
-            cause, unfinished = error, got
-            self._step(lambda now: machine.abandon(unfinished, now, cause))
+            # a name for the error here would be a cycle through its traceback, which holds the
+            # frames of the caller and all that they have dropped
+            self._step(partial(machine.abandon, got, error=error))
             raise
         return _record(got)
 
