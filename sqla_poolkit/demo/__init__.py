@@ -1,0 +1,1 @@
+"""``poolkit demo``: the same load on QueuePool and on ManagedPool, side by side."""
