@@ -67,7 +67,7 @@ class Ledger:
         self._links: dict[Hashable, _Link] = {}
         self._at: dict[Hashable, _Link] = {}
         self._holds: dict[Hashable, _Hold] = {}
-        self._connecting = 0
+        self._attempts: dict[Hashable, float] = {}
 
     # -- what is the case --------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ class Ledger:
             "idle": max(0, is_open - checked_out - checking),
             "checked_out": checked_out,
             "checking": checking,
-            "connecting": self._connecting,
+            "connecting": len(self._attempts),
             "closing": closing,
             "waiting": len(self._waiting),
         }
@@ -195,23 +195,23 @@ class Ledger:
 
     # -- connecting and closing --------------------------------------------------------------
 
-    def connect_began(self, now: float) -> None:
+    def connect_began(self, now: float, place: Hashable) -> None:
         """Note an attempt to connect."""
         self._advance(now)
-        self._connecting += 1
+        self._attempts[place] = now
 
     def connected(self, now: float, connection: Hashable, place: Hashable, seconds: float) -> None:
         """Note that the attempt succeeded."""
         self._advance(now)
-        self._connecting -= 1
+        self._attempts.pop(place, None)
         self.books.connects += 1
         self.books.connect_time.record(seconds)
         self._links[connection] = self._at[place] = _Link(place, now, now)
 
-    def connect_failed(self, now: float) -> None:
+    def connect_failed(self, now: float, place: Hashable) -> None:
         """Note that the attempt failed."""
         self._advance(now)
-        self._connecting -= 1
+        self._attempts.pop(place, None)
         self.books.connect_failures += 1
 
     def close_began(self, now: float, connection: Hashable) -> None:
@@ -282,6 +282,8 @@ class Ledger:
         }
 
     def _read_slots(self, now: float, describe: Describe) -> Iterable[SlotReading]:
+        for began_at in self._attempts.values():
+            yield SlotReading("connecting", now - began_at, None, 0, None, None, None)
         for link in self._links.values():
             hold = self._holds.get(link.place)
             state = "closing" if link.is_closing else "idle"

@@ -43,7 +43,7 @@ def holder_finder(track: str) -> Callable[[], Holder]:
 def _learn(code: CodeType) -> bool:
     key = id(code)
     _codes[key] = code
-    is_own = code.co_filename.startswith(_OWN_FOLDERS) or code.co_filename == "<string>"
+    is_own = code.co_filename.startswith((*_OWN_FOLDERS, "<string>", "<sqlalchemy generated"))
     _application[key] = not is_own
     return not is_own
 

@@ -662,7 +662,8 @@ class ThreadDriver:
                 held = [s.resource for s in self.machine.slots if s.state == CHECKED_OUT]
             for record in held:
                 self._cut_off(record)
-        self._upkeep.wake()
+        if not self._is_inline:
+            self._wake_upkeep()
 
     def _cut_off(self, record: ConnectionPoolEntry) -> None:
         connection = record.dbapi_connection
@@ -750,6 +751,8 @@ class ThreadDriver:
         pools = self._pools
         self.__init__(self.config)  # type: ignore[misc]
         self._pools = pools
+        for pool in filter(None, (reference() for reference in pools)):
+            _sqlalchemy.release_first_connect(pool)
 
 
 _PROBE = "sqla_poolkit.probe"

@@ -33,6 +33,7 @@ __all__ = [
     "ping",
     "record_of",
     "refill",
+    "release_first_connect",
     "slot_of",
 ]
 
@@ -126,6 +127,16 @@ def refill(record: ConnectionPoolEntry) -> None:
 def forget_connection(record: ConnectionPoolEntry) -> None:
     """Empty a record without closing what it held."""
     cast(Any, record).dbapi_connection = None
+
+
+def release_first_connect(pool: Pool) -> None:
+    """Let go of the lock under which SQLAlchemy's listeners prepare the first connection.
+
+    In a forked child nobody else would, if another thread of the parent was about to connect.
+    """
+    for listeners in (pool.dispatch.first_connect, pool.dispatch.connect):
+        if hasattr(listeners, "_exec_once_mutex"):
+            cast(Any, listeners)._exec_once_mutex = None
 
 
 def is_referenced(record: ConnectionPoolEntry) -> bool:

@@ -89,11 +89,11 @@ class _Monitored:
         def invoke(record: ConnectionPoolEntry) -> Any:
             recorder = self._recorder
             ledger = recorder.ledger
-            began_at = recorder.note(ledger.connect_began)
+            began_at = recorder.note(ledger.connect_began, record)
             try:
                 connection = connect(record)
             except BaseException:
-                recorder.note(ledger.connect_failed)
+                recorder.note(ledger.connect_failed, record)
                 raise
             seconds = _sync.monotonic() - began_at
             recorder.note(ledger.connected, id(connection), record, seconds)
