@@ -93,9 +93,16 @@ class Ledger:
         waited = (now - books.integrated_until) * len(self._waiting)
         books.integrated_until = now
         if waited:
-            gauges = self._gauges()
-            busy = gauges["open"] - gauges["idle"] + gauges["connecting"] + gauges["closing"]
-            books.charge(waited, busy, gauges["connecting"], gauges["checking"], gauges["closing"])
+            # by places, not by connections: a holder who lost its connection keeps its place
+            served = sum(hold.is_served for hold in self._holds.values())
+            connecting = len(self._attempts)
+            checking = sum(
+                not hold.is_served and place not in self._attempts
+                for place, hold in self._holds.items()
+            )
+            closing = sum(link.is_closing for link in self._links.values())
+            busy = served + connecting + checking + closing
+            books.charge(waited, busy, connecting, checking, closing)
 
     # -- asking ------------------------------------------------------------------------------
 

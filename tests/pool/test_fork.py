@@ -21,12 +21,15 @@ PARTING_SECONDS = 60.0
 # What every script starts with.  ``in_child(work)`` forks, runs ``work`` in the child and fails the
 # script if that raised or hung; ``leave`` ends the child as an interpreter ends, os._exit does not.
 PRELUDE = """
-import contextlib, faulthandler, gc, logging, os, sys, threading, time, traceback, warnings
+import contextlib, faulthandler, gc, logging, os, signal, sys, threading, time, traceback, warnings
 import sqlalchemy as sa
 from sqla_poolkit import ManagedPool
 
 warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
 URL = sys.argv[1]
+
+# An alarm, for it needs no thread: those of faulthandler's own watchdog would not survive a fork.
+faulthandler.register(signal.SIGALRM, chain=True)
 
 
 def make_engine(**settings):
@@ -46,7 +49,7 @@ def works(connection):
 def in_child(work, leave=os._exit, seconds=15):
     child = os.fork()
     if not child:
-        faulthandler.dump_traceback_later(seconds, exit=True)
+        signal.alarm(seconds)
         try:
             work()
         except BaseException:

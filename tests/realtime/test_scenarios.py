@@ -475,11 +475,12 @@ def test_nobody_waits_for_a_connect_while_old_connections_are_replaced(
 
 @pytest.fixture
 def quick_collector() -> Iterator[None]:
-    """Collect garbage at nearly every allocation, among young objects only."""
+    """Collect garbage at nearly every allocation, old objects at every fourth."""
     threshold = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(1)
+    gc.collect()  # it measures the old objects anew: a quarter more of them starts a full collection
+    gc.set_threshold(1, 1, 1)
     yield
     gc.set_threshold(*threshold)
     gc.unfreeze()
@@ -514,8 +515,11 @@ def test_all_laws_hold_while_leaked_connections_come_back_inside_any_allocation(
             assert_lawful(pool.snapshot())
             time.sleep(0.01)
         is_over.set()
-        leaker.join(PATIENCE_SECONDS)
-    gc.collect()
+        # when everybody waits for what was leaked, nobody allocates any more
+        while leaker.is_alive():
+            gc.collect()
+            leaker.join(0.01)
+        gc.collect()
     snapshot = pool.snapshot()
     assert_lawful(snapshot)
     assert (snapshot.checked_out, snapshot.requesting) == (0, 0)
