@@ -1,4 +1,4 @@
-"""Threads without threads: pool code runs in greenlets, and whoever holds the dice says who is next.
+"""Threads without threads: pool code runs in greenlets, and dice say who is next.
 
 Everything that can block or tell the time is replaced: locks, parkers, thread starts and the clock
 of ``sqla_poolkit.pool._sync``, and what QueuePool takes from ``threading`` and ``time``.  Time
@@ -93,7 +93,7 @@ class Task:
         self.deadline = deadline
 
     def interrupt(self, error: BaseException) -> bool:
-        """Have ``park`` raise, as a signal or a killed greenlet would; False if it is not parked."""
+        """Have ``park`` raise, as a signal would; False if it is not parked."""
         if self.is_parked and not self.is_done:
             self.interruption = error
             return True
@@ -426,7 +426,7 @@ _POINT = "_point_of_simulation"
 class _AddPoints(ast.NodeTransformer):
     """Put a call before each statement of each function."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802 - ast names it
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
         for inner in ast.walk(node):
             for block in ("body", "orelse", "finalbody"):

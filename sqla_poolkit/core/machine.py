@@ -20,21 +20,21 @@ A slot is always in one of these states::
         |   closed                                v                                 |
         +--------------------------------------closing <----------------------------+
 
-While somebody waits nothing is idle (unless the pool is paused), and no slot stays free without
-an attempt in flight (outside back-off).
+Callers and connections belong to lanes: threads share one, each event loop of asyncio has its own.
+While somebody waits nothing of his lane is idle (unless the pool is paused), and no slot stays free
+without an attempt in flight (outside back-off).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
-from itertools import islice
+from collections.abc import Callable, Hashable, Sequence
 from math import inf
 from typing import Any, Literal
 
 from ..config import PoolConfig
 from .books import Books
-from .policies import Backoff, Pace, spread_age
+from .lanes import Lane
+from .policies import Backoff, spread_age
 from .slots import (
     CHECKED_OUT,
     CHECKING,
@@ -61,6 +61,7 @@ Phase = Literal["open", "paused", "closed"]
 _REVIEW = -inf
 _MANY = 1 << 62
 _REPEAT_GROWTH = 0.01  # how often a queue that was thought short-lived is looked at again
+_SORT_EACH = 512  # uses of one slot
 
 
 class Machine:
@@ -70,6 +71,7 @@ class Machine:
     :param now: the present time, seconds of a monotonic clock, as in every other call.
     :param chance: returns random numbers between 0 and 1; spreads ages and back-off.
     :param new_parker: makes what a driver parks a waiting caller on.
+    :param lanes: how many lanes there are from the beginning; ``add_lane`` adds others.
     """
 
     def __init__(
@@ -78,25 +80,22 @@ class Machine:
         now: float,
         chance: Callable[[], float],
         new_parker: Callable[[], Any] = object,
+        lanes: int = 1,
     ) -> None:
         self.books = Books(now)
         self.phase: Phase = "open"
         self.is_closed = False
         self.slots: dict[Slot, None] = {}
         """Every slot in use; their number is what ``max_size`` limits."""
-        self.idle: deque[Slot] = deque()
-        """Ordered by the time of return: the oldest stands first."""
-        self.waiting: OrderedDict[Request, None] = OrderedDict()
+        self.lanes: list[Lane] = []
+        self.waiting = 0
+        """How many callers wait."""
         self.decisions: list[Decision] = []
         self.connecting = 0
         self.checking = 0
         self.closing = 0
         self.overdue = 0
         """Attempts that gave up their turn but keep their place."""
-        self.owed = 0
-        """Connections that were retired and are to be replaced."""
-        self._in_flight: dict[Purpose, int] = {"demand": 0, "replacement": 0, "fill": 0}
-        """Attempts that count towards ``max_connecting``, by what they are made for."""
         self.is_warm = False
         """Somebody asked for a connection, so ``min_size`` is kept from now on."""
         self._chance = chance
@@ -104,30 +103,38 @@ class Machine:
         self._offset = chance()
         self._opened = 0
         self._tickets = 0
+        self._vacating = 0
+        """Connections that are closed to make room in another lane."""
         self._fewest_idle = _MANY
         self._backoff = Backoff()
-        self._pace = Pace()
         self._adopt(config)
+        for _ in range(lanes):
+            self.add_lane()
 
     def _adopt(self, config: PoolConfig) -> None:
         self.config = config
         self._limit = inf if config.max_size is None else config.max_size
-        self._last_use = config.max_uses or 0
-        self._checks = config.pre_ping
+        self._last_use = config.max_uses or _MANY
         self._callers_connect = config.upkeep == "inline" or config.timeout == 0
-        self._take = self.idle.pop if config.use_lifo else self.idle.popleft
+        for lane in self.lanes:
+            lane.use_lifo(config.use_lifo)
+        self._look_for_short_cut()
+
+    def _look_for_short_cut(self) -> None:
+        """See whether an idle connection may be handed out without further ado."""
+        self._is_quick = self.phase == "open" and not self.config.pre_ping and len(self.lanes) <= 1
 
     def __repr__(self) -> str:
         return (
-            f"<Machine {self.phase}: {len(self.idle)} idle, {self.checked_out} checked out, "
+            f"<Machine {self.phase}: {self.idle} idle, {self.checked_out} checked out, "
             f"{self.connecting} connecting, {self.checking} checking, {self.closing} closing, "
-            f"{len(self.waiting)} waiting, limit {self._limit}>"
+            f"{self.waiting} waiting, limit {self._limit}>"
         )
 
     @property
     def is_pressed(self) -> bool:
         """Tell whether a return should be dealt with at once, not with the next checkout."""
-        return bool(self.waiting) or self.is_closed
+        return self.waiting > 0 or self.is_closed
 
     @property
     def is_full(self) -> bool:
@@ -140,31 +147,96 @@ class Machine:
         return len(self.slots) - self.connecting - self.closing
 
     @property
+    def idle(self) -> int:
+        """How many connections are open and not in use."""
+        if len(self.lanes) == 1:
+            return len(self.lanes[0].idle)
+        return sum(len(lane.idle) for lane in self.lanes)
+
+    @property
     def checked_out(self) -> int:
         """How many connections are held."""
-        return self.open - len(self.idle) - self.checking
+        return self.open - self.idle - self.checking
+
+    @property
+    def queue(self) -> list[Request]:
+        """Who waits, in the order in which they asked."""
+        waiting = [request for lane in self.lanes for request in lane.queue]
+        return sorted(waiting, key=lambda request: request.ticket)
 
     def take_decisions(self) -> list[Decision]:
         """Return what has to be done, once."""
         decisions, self.decisions = self.decisions, []
         return decisions
 
+    # -- lanes -------------------------------------------------------------------------------
+
+    def add_lane(self) -> Lane:
+        """Open another lane, for callers who cannot use the connections of the others."""
+        lane = Lane()
+        lane.use_lifo(self.config.use_lifo)
+        self.lanes.append(lane)
+        self._look_for_short_cut()
+        return lane
+
+    def forget_lane(self, lane: Lane, now: float) -> list[Slot]:
+        """Give up a lane whose callers are gone for good and whose connections nobody can use.
+
+        :return: its slots, so that the driver can let go of what they hold; they are free now.
+        """
+        for request in list(lane.queue):
+            self._leave_queue(request, now)
+            self._fail(request, "cancelled")
+        forgotten = [slot for slot in self.slots if slot.lane is lane]
+        for slot in forgotten:
+            self._forget(slot, now)
+        self.lanes.remove(lane)
+        self._look_for_short_cut()
+        self._grow(now)
+        return forgotten
+
+    def _forget(self, slot: Slot, now: float) -> None:
+        """Free a place without closing its connection."""
+        if self.waiting:
+            self.advance(now)
+        if slot.state == CHECKED_OUT:
+            self.checkin(slot, now, "forgotten")
+            return
+        if slot.is_own_connect or slot.request is not None:
+            request, slot.request = slot.request, None
+            self.books.requesting -= 1
+            self.books.cancelled += 1
+            self._record_wait(request, served=False)
+        if slot.state == CONNECTING:
+            self._forget_attempt(slot)
+            return
+        self.books.forgotten += 1
+        self.note_peak()
+        if slot.state == CHECKING:
+            self.checking -= 1
+        elif slot.state == CLOSING:
+            self._close_ended(slot)
+        else:
+            slot.lane.idle.remove(slot)
+        self._drop(slot)
+
     # -- asking ------------------------------------------------------------------------------
 
-    def checkout(self, asked_at: float, now: float, holder: Hashable = None) -> Slot | Request:
+    def checkout(self, asked_at: float, now: float, holder: Hashable, lane: Lane) -> Slot | Request:
         """Ask for a connection.
 
         :param asked_at: when the caller began to ask; the deadline counts from here.
         :param holder: who asks, as the driver tells holders apart; a row of the books each.
+        :param lane: whose connections the caller can use.
         :return: a slot that is ``checked_out`` (take it), ``checking`` (see whether it is alive,
             then call ``checked``) or ``connecting`` (connect it yourself, then ``connected``);
             or a request, to be parked until woken or until its deadline.  A request that can
             not be granted in time has its ``failure`` set already.
         """
-        idle = self.idle
-        if idle and self.phase == "open":
-            slot = self._take()
-            if now < slot.expires_at and not self._checks:
+        idle = lane.idle
+        if idle and self._is_quick:
+            slot = lane.take()
+            if now < slot.expires_at:
                 # what _hand_out and _settle do, flat: this is the path whose cost counts
                 books = self.books
                 slot.state = CHECKED_OUT
@@ -175,21 +247,14 @@ class Machine:
                     slot.row = books.rows[holder]
                 slot.row.checkouts += 1
                 slot.uses += 1
-                if slot.uses == self._last_use:
-                    slot.review_at = _REVIEW
+                if slot.uses >= slot.next_stop:
+                    self._stop_at_use(slot)
                 books.checkout_time.record(now - asked_at)
                 if len(idle) < self._fewest_idle:
                     self._fewest_idle = len(idle)
                 return slot
-            self._put_back(slot)
-        return self._checkout_slowly(asked_at, now, holder)
-
-    def _put_back(self, slot: Slot) -> None:
-        """Undo ``_take``."""
-        if self.config.use_lifo:
-            self.idle.append(slot)
-        else:
-            self.idle.appendleft(slot)
+            lane.put_back(slot)
+        return self._checkout_slowly(asked_at, now, holder, lane)
 
     def _hand_out(self, slot: Slot, now: float, holder: Hashable) -> None:
         """Make the caller the slot's holder; ``_settle`` counts it when it has accepted."""
@@ -199,10 +264,18 @@ class Machine:
         slot.holder = holder
         slot.row = self.books.rows[holder]
         slot.uses += 1
-        if slot.uses == self._last_use:
+        if slot.uses >= slot.next_stop:
+            self._stop_at_use(slot)
+        idle = self.idle
+        if idle < self._fewest_idle:
+            self._fewest_idle = idle
+
+    def _stop_at_use(self, slot: Slot) -> None:
+        """Do what is due after some uses: sort the durations, or retire after the last one."""
+        if slot.uses >= self._last_use:
             slot.review_at = _REVIEW
-        if len(self.idle) < self._fewest_idle:
-            self._fewest_idle = len(self.idle)
+        self.books.sort_records()
+        slot.next_stop = min(slot.uses + _SORT_EACH, max(self._last_use, slot.uses + 1))
 
     def note_peak(self) -> None:
         """Bring the peak of ``checked_out`` up to date.
@@ -231,7 +304,7 @@ class Machine:
         """Tell whether there is no need to look: it was just opened, or nobody wants to know."""
         if not self.config.pre_ping:
             return True
-        return slot.is_fresh and now - slot.opened_at <= self.config.ping_after
+        return not slot.uses and now - slot.opened_at <= self.config.ping_after
 
     def _begin_check(self, slot: Slot, now: float) -> None:
         slot.state = CHECKING
@@ -243,39 +316,41 @@ class Machine:
         self.note_peak()
         self.checking -= 1
 
-    def _checkout_slowly(self, asked_at: float, now: float, holder: Hashable) -> Slot | Request:
+    def _checkout_slowly(
+        self, asked_at: float, now: float, holder: Hashable, lane: Lane
+    ) -> Slot | Request:
         """Find a slot that is no longer the first in line, or queue."""
         self.books.requesting += 1
         self.is_warm = True
         timeout = self.config.timeout
         deadline = None if timeout is None else asked_at + timeout
         self._tickets += 1
-        request = Request(self._tickets, asked_at, now, deadline, holder)
+        request = Request(self._tickets, asked_at, now, deadline, holder, lane)
         request.parker = self._new_parker()
         if self.phase == "closed":
             self._fail(request, "closed")
             return request
-        if self.phase == "open" and not self.waiting:
-            slot = self._freshest_idle(now)
+        if self.phase == "open" and not lane.queue:
+            slot = self._freshest_idle(lane, now)
             if slot is not None:
                 return self._check(slot, request, now)
             if self._may_connect_itself():
                 return self._connect_itself(request, now)
         if timeout == 0:
             self._fail(request, "timeout")
-        elif (limit := self.config.max_waiting) is not None and len(self.waiting) >= limit:
+        elif (limit := self.config.max_waiting) is not None and self.waiting >= limit:
             self._fail(request, "rejected")
         else:
             self._enqueue(request, now)
             self._grow(now)
         return request
 
-    def _freshest_idle(self, now: float) -> Slot | None:
+    def _freshest_idle(self, lane: Lane, now: float) -> Slot | None:
         """Take the next idle connection that may still be handed out; the others are retired."""
         if self.waiting:
             self.advance(now)
-        while self.idle:
-            slot = self._take()
+        while lane.idle:
+            slot = lane.take()
             if now < slot.expires_at:
                 return slot
             self._retire(slot, now, slot.reason or "age")
@@ -288,7 +363,7 @@ class Machine:
 
     def _connect_itself(self, request: Request, now: float) -> Slot:
         """Give the caller a slot to connect in its own thread."""
-        slot = self._new_slot(now, "demand")
+        slot = self._new_slot(request.lane, now, "demand")
         slot.is_own_connect = True
         slot.asked_at = request.asked_at
         slot.holder = request.holder
@@ -306,11 +381,11 @@ class Machine:
         seconds = now - books.integrated_until
         if seconds:
             books.integrated_until = now
-            waiting = len(self.waiting)
+            waiting = self.waiting
             if waiting:
                 books.charge(
                     seconds * waiting,
-                    len(self.slots) - len(self.idle),
+                    len(self.slots) - self.idle,
                     self.connecting,
                     self.checking,
                     self.closing,
@@ -318,33 +393,36 @@ class Machine:
 
     def _enqueue(self, request: Request, now: float) -> None:
         books = self.books
-        waiting = self.waiting
+        lane = request.lane
         self.advance(now)
-        if not waiting:
-            self._pace.queue_formed(now, books.use_time)
+        if not lane.queue:
+            lane.pace.queue_formed(now, books.use_time)
         if not request.has_queued:
             request.has_queued = True
             books.waits += 1
         request.queued_at = now
-        waiting[request] = None
-        if len(waiting) > books.peak_waiting:
-            books.peak_waiting = len(waiting)
+        lane.queue[request] = None
+        self.waiting += 1
+        if self.waiting > books.peak_waiting:
+            books.peak_waiting = self.waiting
 
     def _enqueue_again(self, request: Request, now: float) -> None:
         """Queue a request whose connection was found dead where its age puts it: at the front."""
         self._enqueue(request, now)
+        queue = request.lane.queue
         older = []
-        for other in self.waiting:
+        for other in queue:
             if other.ticket > request.ticket:
                 break
             older.append(other)
         for other in (request, *reversed(older)):
-            self.waiting.move_to_end(other, last=False)
+            queue.move_to_end(other, last=False)
 
     def _leave_queue(self, request: Request, now: float) -> None:
         """Take a request out of the queue, whatever ended its wait."""
         self.advance(now)
-        del self.waiting[request]
+        del request.lane.queue[request]
+        self.waiting -= 1
         request.waited += now - request.queued_at
 
     def _grant(self, slot: Slot, now: float) -> None:
@@ -353,7 +431,7 @@ class Machine:
         The caller is served from here on: it wakes, or finds its slot at the deadline, and takes
         it without another look at the books; if it leaves instead, ``cancel`` takes it back.
         """
-        request = next(iter(self.waiting))
+        request = next(iter(slot.lane.queue))
         self._leave_queue(request, now)
         request.slot = slot
         slot.asked_at = request.asked_at
@@ -425,7 +503,7 @@ class Machine:
                 slot.request = None
                 self._fail(request, "cancelled")
                 self._take_back(slot, now)
-        elif request in self.waiting:
+        elif request in request.lane.queue:
             self._leave_queue(request, now)
             self._fail(request, "cancelled")
             self._grow(now)
@@ -490,7 +568,7 @@ class Machine:
         request, slot.request = slot.request, None
         assert request is not None
         self._retire(slot, now, stale)
-        other = self._freshest_idle(now) if self.phase == "open" else None
+        other = self._freshest_idle(slot.lane, now) if self.phase == "open" else None
         if other is not None:
             return self._check(other, request, now)
         request.slot = None
@@ -508,7 +586,8 @@ class Machine:
         return request
 
     def _is_behind_others(self, request: Request) -> bool:
-        return any(other.ticket < request.ticket for other in islice(self.waiting, 1))
+        first = next(iter(request.lane.queue), None)
+        return first is not None and first.ticket < request.ticket
 
     def check_interrupted(self, slot: Slot, now: float, failure: Failure) -> None:
         """End a check that neither passed nor failed: its caller is gone with an exception.
@@ -534,9 +613,8 @@ class Machine:
         """
         if slot.state is not CHECKED_OUT:
             return False
-        waiting = self.waiting
         books = self.books
-        if waiting:
+        if self.waiting:
             # it may have come back a moment before the last change, and time never runs backwards
             now = max(now, books.integrated_until)
             self.advance(now)
@@ -547,7 +625,6 @@ class Machine:
         caused = books.caused - slot.mark
         if caused:
             row.wait_caused_seconds += caused
-        slot.is_fresh = False
         slot.idle_since = now
         if slot.is_requested:
             self._refuse_held_back(slot)
@@ -555,20 +632,22 @@ class Machine:
             self._take_unusable(slot, now, reason)
         elif slot.review_at <= now:
             self._review(slot, now)
-        elif waiting:
+        elif self.waiting:
             self._offer(slot, now)
         else:
             slot.state = IDLE
-            self.idle.append(slot)
+            slot.lane.idle.append(slot)
         return True
 
     def _take_unusable(self, slot: Slot, now: float, reason: ReturnReason) -> None:
         """Take a slot back whose connection is gone, or has to go."""
-        if reason != "detached" and reason != "lost":
+        if reason != "detached" and reason != "lost" and reason != "forgotten":
             self._retire(slot, now, reason)
             return
         if reason == "detached":
             self.books.detached += 1
+        elif reason == "forgotten":
+            self.books.forgotten += 1
         else:
             self.books.invalidations += 1
             self.books.count_close(slot.reason or "invalidated")
@@ -580,11 +659,13 @@ class Machine:
         """Give a connection that came free to the head of the queue, or keep it idle."""
         if slot.review_at <= now:
             self._review(slot, now)
-        elif self.waiting and self.phase == "open":
+        elif slot.lane.queue and self.phase == "open":
             self._grant(slot, now)
         else:
             slot.state = IDLE
-            self.idle.append(slot)
+            slot.lane.idle.append(slot)
+            if self.waiting:
+                self._grow(now)  # who waits in another lane may get this place
 
     def _review(self, slot: Slot, now: float) -> None:
         """Decide whether a connection that came free may stay."""
@@ -610,7 +691,7 @@ class Machine:
             return "closed"
         if len(self.slots) - self.closing > self._limit:
             return "resize"
-        if self._last_use and slot.uses >= self._last_use:
+        if slot.uses >= self._last_use:
             return "uses"
         if now >= slot.expires_at:
             return "age"
@@ -624,7 +705,7 @@ class Machine:
     def _replace(self, slot: Slot, now: float) -> None:
         """Open a replacement before the aged connection goes."""
         if self._in_turn < self.config.max_connecting and now >= self._backoff.until:
-            replacement = self._open(now, "replacement")
+            replacement = self._open(slot.lane, now, "replacement")
             replacement.replaces = slot
             slot.is_replaced = True
 
@@ -639,6 +720,7 @@ class Machine:
             slot.reason = None
         slot.is_replaced = False
         slot.uses = 1
+        slot.next_stop = min(self._last_use, _SORT_EACH)
         slot.opened_at = now
         self._set_age(slot, now)
         slot.review_at = _REVIEW  # uses, a lower limit or the end of the pool may ask for it still
@@ -675,17 +757,20 @@ class Machine:
         """Attempts that count towards ``max_connecting``."""
         return self.connecting - self.overdue
 
-    def _new_slot(self, now: float, purpose: Purpose) -> Slot:
+    def _new_slot(self, lane: Lane, now: float, purpose: Purpose) -> Slot:
         if self.waiting:
             self.advance(now)
-        slot = Slot(now, purpose)
+        slot = Slot(now, purpose, lane)
+        slot.next_stop = min(self._last_use, _SORT_EACH)
         self.slots[slot] = None
         self.connecting += 1
-        self._in_flight[purpose] += 1
+        lane.size += 1
+        lane.connecting += 1
+        lane.in_flight[purpose] += 1
         return slot
 
-    def _open(self, now: float, purpose: Purpose) -> Slot:
-        slot = self._new_slot(now, purpose)
+    def _open(self, lane: Lane, now: float, purpose: Purpose) -> Slot:
+        slot = self._new_slot(lane, now, purpose)
         self.decisions.append(Open(slot))
         return slot
 
@@ -695,50 +780,77 @@ class Machine:
         Nobody waits beside a free place without an attempt in flight: estimates and
         ``max_connecting`` hold back further attempts, never the first one.
         """
-        if self.phase != "open" or len(self.slots) >= self._limit:
+        if self.phase != "open":
             return
-        if now < self._backoff.until and (self.open or not self.waiting):
-            return
-        if self.waiting and self._callers_connect:
-            self._let_waiters_connect(now)
-            return
-        wanted = self._wanted(now)
-        while (
-            self._in_turn < wanted
-            and self._in_turn < self.config.max_connecting
-            and len(self.slots) < self._limit
-        ):
-            if self.owed:
-                self.owed -= 1
-                self._open(now, "replacement")
-            else:
-                is_for_waiter = self._in_flight["demand"] < len(self.waiting)
-                self._open(now, "demand" if is_for_waiter else "fill")
+        if len(self.lanes) > 1:
+            for lane in self._lanes_by_their_turn():
+                self._grow_lane(lane, now)
+        elif len(self.slots) < self._limit and self.lanes:
+            self._grow_lane(self.lanes[0], now)
 
-    def _wanted(self, now: float) -> int:
-        """Return how many attempts should be in flight."""
+    def _lanes_by_their_turn(self) -> Sequence[Lane]:
+        """Return the lanes, first the one whose head of the queue has waited longest."""
+        return sorted(self.lanes, key=lambda lane: next((r.ticket for r in lane.queue), _MANY))
+
+    def _grow_lane(self, lane: Lane, now: float) -> None:
+        if now < self._backoff.until and (lane.open or not lane.queue):
+            return
+        if lane.queue and self._callers_connect:
+            self._let_waiters_connect(lane, now)
+            return
+        wanted = self._wanted(lane, now)
+        while lane.in_turn < wanted and self._in_turn < self.config.max_connecting:
+            if len(self.slots) >= self._limit:
+                self._make_room(lane, wanted - lane.in_turn, now)
+                return
+            if lane.owed:
+                lane.owed -= 1
+                self._open(lane, now, "replacement")
+            else:
+                is_for_waiter = lane.in_flight["demand"] < len(lane.queue)
+                self._open(lane, now, "demand" if is_for_waiter else "fill")
+
+    def _wanted(self, lane: Lane, now: float) -> int:
+        """Return how many attempts should be in flight in a lane."""
         demand = 0
-        if self.waiting:
+        if lane.queue:
             books = self.books
-            demand = self._pace.attempts_worth(
+            demand = lane.pace.attempts_worth(
                 now,
-                len(self.waiting),
-                self.checked_out + self.checking,
+                len(lane.queue),
+                lane.open - len(lane.idle),
                 books.use_time.count,
                 books.connect_time.sum_seconds / books.connects if books.connects else 0.1,
             )
-        fill = self.config.min_size - self.open if self.is_warm else 0
-        return max(demand, fill, self.owed + self._in_flight["replacement"])
+        fill = 0
+        if self.is_warm and lane is self.lanes[-1]:
+            elsewhere = self._in_turn - lane.in_turn
+            fill = self.config.min_size - self.open - elsewhere
+        return max(demand, fill, lane.owed + lane.in_flight["replacement"])
 
-    def _let_waiters_connect(self, now: float) -> None:
+    def _make_room(self, lane: Lane, places: int, now: float) -> None:
+        """Have idle connections of other lanes closed for those who wait in this one."""
+        if not lane.queue:
+            return
+        for _ in range(min(places, len(lane.queue)) - self._vacating):
+            others = [other for other in self.lanes if other.idle and other is not lane]
+            if not others:
+                return
+            longest_idle = min(others, key=lambda other: other.idle[0].idle_since)
+            self._vacating += 1
+            self._retire(longest_idle.idle.popleft(), now, "loop")
+
+    def _let_waiters_connect(self, lane: Lane, now: float) -> None:
         """Let the callers who wait longest connect themselves (``upkeep="inline"``)."""
-        while self.waiting and self._may_connect_itself():
-            request = next(iter(self.waiting))
+        while lane.queue and self._may_connect_itself():
+            request = next(iter(lane.queue))
             self._leave_queue(request, now)
             slot = self._connect_itself(request, now)
             slot.request = request
             request.slot = slot
             self.decisions.append(Wake(request))
+        if lane.queue and self.is_full:
+            self._make_room(lane, 1, now)
 
     def starting(self, slot: Slot, now: float) -> bool:
         """Ask, at the moment an attempt would begin, whether anybody still wants it.
@@ -752,7 +864,7 @@ class Machine:
             needed = False
             self._replace_later(slot)
         elif slot.purpose == "demand":
-            needed = self._in_flight["demand"] + slot.overdue <= len(self.waiting)
+            needed = slot.lane.in_flight["demand"] + slot.overdue <= len(slot.lane.queue)
         else:
             needed = True
         if needed:
@@ -770,7 +882,7 @@ class Machine:
             slot.replaces.is_replaced = False
             slot.replaces.review_at = _REVIEW
         elif slot.purpose == "replacement":
-            self.owed += 1
+            slot.lane.owed += 1
 
     def connected(self, slot: Slot, now: float) -> None:
         """Say that a connection was opened; ``slot.resource`` is set."""
@@ -818,7 +930,7 @@ class Machine:
         # the replacement must not look busier than what it replaces, or nothing ever shrinks
         slot.idle_since = aged.idle_since
         if aged.state == IDLE:
-            self.idle.remove(aged)
+            aged.lane.idle.remove(aged)
             self._retire(aged, now, "age")
         else:
             aged.reason = "age"
@@ -843,6 +955,7 @@ class Machine:
         are open, and growth backs off.
         """
         books = self.books
+        lane = slot.lane
         if self.waiting:
             self.advance(now)
         self._attempt_ended(slot)
@@ -855,8 +968,8 @@ class Machine:
             books.requesting -= 1
             books.failed += 1
             self._record_wait(request, served=False)
-        elif self.waiting and not self.open and self._in_turn < len(self.waiting):
-            request = next(iter(self.waiting))
+        elif not lane.open and lane.in_turn < len(lane.queue):
+            request = next(iter(lane.queue))
             request.error = error
             self._fail_waiting(request, now, "failed")
         self._grow(now)
@@ -864,10 +977,11 @@ class Machine:
     def _attempt_ended(self, slot: Slot) -> None:
         self.note_peak()
         self.connecting -= 1
+        slot.lane.connecting -= 1
         if slot.overdue:
             self.overdue -= 1
         else:
-            self._in_flight[slot.purpose] -= 1
+            slot.lane.in_flight[slot.purpose] -= 1
 
     def _forget_attempt(self, slot: Slot) -> None:
         self._attempt_ended(slot)
@@ -876,6 +990,7 @@ class Machine:
     def _drop(self, slot: Slot) -> None:
         """Free the place."""
         slot.state = GONE
+        slot.lane.size -= 1
         del self.slots[slot]
 
     # -- closing -----------------------------------------------------------------------------
@@ -888,19 +1003,25 @@ class Machine:
         slot.state = CLOSING
         slot.reason = reason
         self.closing += 1
+        slot.lane.closing += 1
         if reason in ("age", "uses") and not slot.is_replaced:
-            self.owed += 1
+            slot.lane.owed += 1
         self.decisions.append(Close(slot))
 
     def closed(self, slot: Slot, now: float) -> None:
         """Say that a ``closing`` connection is closed; its place is free now."""
         if self.waiting:
             self.advance(now)
-        self.closing -= 1
+        self._close_ended(slot)
         assert slot.reason is not None
         self.books.count_close(slot.reason)
         self._drop(slot)
         self._grow(now)
+
+    def _close_ended(self, slot: Slot) -> None:
+        self.closing -= 1
+        slot.lane.closing -= 1
+        self._vacating -= slot.reason == "loop"
 
     # -- as time goes by ---------------------------------------------------------------------
 
@@ -922,9 +1043,10 @@ class Machine:
     def next_tick(self, now: float) -> float:
         """Return when ``tick`` should be called, at the latest; infinity if nothing can be due."""
         config = self.config
-        if self.waiting and len(self.slots) < self._limit and self.phase == "open":
+        has_room = len(self.slots) < self._limit or len(self.lanes) > 1
+        if self.waiting and has_room and self.phase == "open":
             return now + _REPEAT_GROWTH
-        is_wanted = self.owed or (self.is_warm and config.min_size)
+        is_wanted = any(lane.owed for lane in self.lanes) or (self.is_warm and config.min_size)
         if not self.slots and (self.phase == "closed" or not is_wanted):
             return inf
         pause = 5.0
@@ -945,17 +1067,19 @@ class Machine:
         if timeout is None:
             return
         min_size = self.config.min_size
-        while self.idle and self.open > min_size and now - self.idle[0].idle_since >= timeout:
-            self._retire(self.idle.popleft(), now, "idle")
+        for lane in self.lanes:
+            idle = lane.idle
+            while idle and self.open > min_size and now - idle[0].idle_since >= timeout:
+                self._retire(idle.popleft(), now, "idle")
 
     def _retire_aged(self, now: float) -> None:
         """Replace the idle connections that reached their age."""
-        for slot in [slot for slot in self.idle if slot.review_at <= now]:
+        for slot in [s for lane in self.lanes for s in lane.idle if s.review_at <= now]:
             reason = slot.reason or self._reason_to_retire(slot, now)
             if reason is None:
                 self._postpone_review(slot, now)
             else:
-                self.idle.remove(slot)
+                slot.lane.idle.remove(slot)
                 self._retire(slot, now, reason)
 
     def _give_up_turns(self, now: float) -> None:
@@ -969,7 +1093,7 @@ class Machine:
         if not slot.overdue:
             slot.overdue = True
             self.overdue += 1
-            self._in_flight[slot.purpose] -= 1
+            slot.lane.in_flight[slot.purpose] -= 1
 
     # -- from the owner of the pool ----------------------------------------------------------
 
@@ -980,10 +1104,7 @@ class Machine:
 
     def retire_all(self, now: float, reason: CloseReason = "retired") -> None:
         """Retire every connection: idle ones now, the others when they come back."""
-        if self.waiting:
-            self.advance(now)
-        while self.idle:
-            self._retire(self.idle.popleft(), now, reason)
+        self._retire_all_idle(now, reason)
         for slot in self.slots:
             if slot.state != CLOSING and slot.reason is None:
                 self.doom(slot, reason)
@@ -999,12 +1120,20 @@ class Machine:
 
     def dispose(self, now: float) -> None:
         """Retire the idle connections; the pool goes on."""
+        self._retire_all_idle(now, "disposed")
+        self.is_warm = False
+        self._owe_nothing()
+
+    def _owe_nothing(self) -> None:
+        for lane in self.lanes:
+            lane.owed = 0
+
+    def _retire_all_idle(self, now: float, reason: CloseReason) -> None:
         if self.waiting:
             self.advance(now)
-        while self.idle:
-            self._retire(self.idle.popleft(), now, "disposed")
-        self.is_warm = False
-        self.owed = 0
+        for lane in self.lanes:
+            while lane.idle:
+                self._retire(lane.idle.popleft(), now, reason)
 
     def resize(self, config: PoolConfig, now: float) -> None:
         """Adopt other limits: grow for those who wait, or shrink, idle connections first."""
@@ -1013,28 +1142,33 @@ class Machine:
         self._adopt(config)
         for slot in self.slots:
             slot.review_at = _REVIEW
-        while self.idle and len(self.slots) - self.closing > self._limit:
-            self._retire(self.idle.popleft(), now, "resize")
+        for lane in self.lanes:
+            while lane.idle and len(self.slots) - self.closing > self._limit:
+                self._retire(lane.idle.popleft(), now, "resize")
         self._grow(now)
 
     def pause(self) -> None:
         """Hand nothing out until ``resume``; callers queue."""
         if self.phase == "open":
             self.phase = "paused"
+            self._look_for_short_cut()
 
     def resume(self, now: float) -> None:
         """Hand out again, to those who waited first."""
         if self.phase == "paused":
             self.phase = "open"
-            while self.waiting and (slot := self._freshest_idle(now)) is not None:
-                self._grant(slot, now)
+            self._look_for_short_cut()
+            for lane in self.lanes:
+                while lane.queue and (slot := self._freshest_idle(lane, now)) is not None:
+                    self._grant(slot, now)
             self._grow(now)
 
     def close(self, now: float) -> None:
         """Hand nothing out any more: fail those who wait, retire what is idle or comes back."""
         self.phase = "closed"
         self.is_closed = True
-        self.owed = 0
-        for request in list(self.waiting):
+        self._look_for_short_cut()
+        self._owe_nothing()
+        for request in self.queue:
             self._fail_waiting(request, now, "closed")
         self.retire_all(now, "closed")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
     from .books import Row
+    from .lanes import Lane
 
 __all__ = [
     "Close",
@@ -45,11 +46,12 @@ CloseReason = Literal[
     "closed",
     "leaked",
     "setup",
+    "loop",
 ]
 
 _NOBODY: Final = object()
 
-ReturnReason = CloseReason | Literal["detached", "lost"]
+ReturnReason = CloseReason | Literal["detached", "lost", "forgotten"]
 Purpose = Literal["demand", "replacement", "fill"]
 Failure = Literal["timeout", "rejected", "cancelled", "failed", "unavailable", "closed"]
 
@@ -65,12 +67,13 @@ class Slot:
         "holder",
         "idle_since",
         "is_detached",
-        "is_fresh",
         "is_own_connect",
         "is_replaced",
         "is_requested",
+        "lane",
         "mark",
         "needs_ping",
+        "next_stop",
         "opened_at",
         "overdue",
         "purpose",
@@ -86,8 +89,9 @@ class Slot:
         "uses",
     )
 
-    def __init__(self, now: float, purpose: Purpose) -> None:
+    def __init__(self, now: float, purpose: Purpose, lane: Lane) -> None:
         self.state: State = CONNECTING
+        self.lane = lane
         self.resource: Any = None
         """What the driver keeps in this slot; the state machine never looks at it."""
         self.purpose: Purpose = purpose
@@ -98,8 +102,9 @@ class Slot:
         self.started_at = now
         self.opened_at = now
         self.idle_since = now
-        self.is_fresh = True
         self.uses = 0
+        self.next_stop = 0
+        """At this number of uses something is due."""
         self.ages_at = inf
         """From here on a replacement is looked for."""
         self.expires_at = inf
@@ -141,6 +146,7 @@ class Request:
         "has_queued",
         "holder",
         "is_held_back",
+        "lane",
         "parker",
         "queued_at",
         "slot",
@@ -155,8 +161,10 @@ class Request:
         now: float,
         deadline: float | None,
         holder: Hashable,
+        lane: Lane,
     ) -> None:
         self.ticket = ticket
+        self.lane = lane
         self.asked_at = asked_at
         self.queued_at = now
         self.deadline = deadline

@@ -350,7 +350,7 @@ def read_machine(
         machine.advance(now)
     machine.note_peak()
     waits = [
-        (request.holder, now - request.queued_at + request.waited) for request in machine.waiting
+        (request.holder, now - request.queued_at + request.waited) for request in machine.queue
     ]
     waits += [
         (slot.request.holder, slot.request.waited)
@@ -369,12 +369,12 @@ def read_machine(
         **read_rows(books, holds + queued, describe, has_callers=has_callers),
         "settings": config.public(),
         "open": machine.open,
-        "idle": len(machine.idle),
+        "idle": machine.idle,
         "checked_out": machine.checked_out,
         "checking": machine.checking,
         "connecting": machine.connecting,
         "closing": machine.closing,
-        "waiting": len(machine.waiting),
+        "waiting": machine.waiting,
         "oldest_wait_seconds": max((seconds for _, seconds in waits), default=0.0),
         "waiting_seconds": sum(seconds for _, seconds in waits),
         "min_size": config.min_size,

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["ThreadDriver"]
 
 _AUDIT_SECONDS = 1.0
-_SORT_AFTER = 500
 _SHARE_SECONDS = 0.02
 
 
@@ -72,6 +71,7 @@ class ThreadDriver:
         self.holds_lock = _sync.ownership_of(self.lock)
         self.clock = _sync.monotonic
         self.machine = Machine(config, self.clock(), random.random, _sync.Parker)
+        self.lane = self.machine.lanes[0]
         self._spares: list[ConnectionPoolEntry] = []
         """Records without a connection, to be filled again; their ``record_info`` survives."""
         self._suspects: dict[Slot, int] = {}
@@ -228,13 +228,13 @@ class ThreadDriver:
         machine = self.machine
         return {
             "open": machine.open,
-            "idle": len(machine.idle),
+            "idle": machine.idle,
             "checked_out": machine.checked_out,
             "checking": machine.checking,
             "connecting": machine.connecting,
             "closing": machine.closing,
             "requesting": machine.books.requesting,
-            "waiting": len(machine.waiting),
+            "waiting": machine.waiting,
         }
 
     def _check(self, slot: Slot) -> Slot | Request:
@@ -283,8 +283,6 @@ class ThreadDriver:
             elif slot.state is CHECKED_OUT:
                 self._let_go(slot)
                 checkin(slot, slot.returned_at, "detached" if slot.is_detached else "lost")
-        if len(self.machine.books.use_time.gathered) > _SORT_AFTER:
-            self.machine.books.sort_records()
 
     def take_back(self, record: ConnectionPoolEntry, *, is_detached: bool) -> None:
         """Put a returned record's slot into the inbox; see to it at once if somebody waits."""
@@ -713,7 +711,7 @@ class ThreadDriver:
             self.take_returns()
             machine = self.machine
             held = machine.checked_out + machine.checking
-            free = len(machine.idle) + machine.closing
+            free = machine.idle + machine.closing
             reading = free, held, len(self._spares)
             decisions = machine.take_decisions()
         self._carry_out(decisions)
@@ -723,7 +721,9 @@ class ThreadDriver:
         """Return the records that are not in use, the empty ones last."""
         self.empty_inbox()
         with self.lock:
-            return deque([slot.resource for slot in self.machine.idle] + self._spares)
+            return deque(
+                [s.resource for lane in self.machine.lanes for s in lane.idle] + self._spares
+            )
 
     def keep_spares(self, records: Iterable[ConnectionPoolEntry]) -> None:
         """Keep only those of the empty records that are named."""

@@ -176,15 +176,16 @@ class ManagedPool(QueuePoolNames, BasePool):
         asked_at = clock()
         holder = driver.find_holder()
         machine = driver.machine
+        inbox = driver.inbox
         if driver.holds_lock():
             driver.refuse_nested()
         with driver.lock:
-            if driver.inbox:
+            if inbox:
                 driver.take_returns()
-            got: Any = machine.checkout(asked_at, clock(), holder)
+            got: Any = machine.checkout(asked_at, clock(), holder, driver.lane)
             if driver.confirming:
                 driver.hold_back(got)
-        if got.state is CHECKED_OUT and not machine.decisions and not driver.inbox:
+        if got.state is CHECKED_OUT and not machine.decisions and not inbox:
             record: ConnectionPoolEntry = got.resource
             return record
         return driver.finish_checkout(got)
@@ -313,6 +314,6 @@ class ManagedPool(QueuePoolNames, BasePool):
         phase = "" if machine.phase == "open" else f"{machine.phase}, "
         return (
             f"<{type(self).__name__} {config.name!r} {phase}{machine.open} {limit} open: "
-            f"{len(machine.idle)} idle, {machine.checked_out} checked out, "
-            f"{machine.connecting} connecting, {len(machine.waiting)} waiting>"
+            f"{machine.idle} idle, {machine.checked_out} checked out, "
+            f"{machine.connecting} connecting, {machine.waiting} waiting>"
         )

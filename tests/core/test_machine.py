@@ -31,7 +31,7 @@ class Pool:
         self.woken: list[str] = []
         for _ in range(opened):
             # holders of timeout 0 connect themselves; this one is opened for nobody
-            self.machine._open(self.now, "fill")
+            self.machine._open(self.machine.lanes[0], self.now, "fill")
             self.open_next()
 
     def step(self, result: Any = None) -> Any:
@@ -46,9 +46,8 @@ class Pool:
         return result
 
     def ask(self, who: str = "somebody", since: float | None = None) -> Slot | Request:
-        return self.step(
-            self.machine.checkout(self.now if since is None else since, self.now, who)
-        )
+        asked_at = self.now if since is None else since
+        return self.step(self.machine.checkout(asked_at, self.now, who, self.machine.lanes[0]))
 
     def ask_each(self, names: str) -> list[Any]:
         return [self.ask(name) for name in names]
@@ -105,12 +104,12 @@ class Pool:
         """The gauges that are not zero."""
         machine = self.machine
         gauges = {
-            "idle": len(machine.idle),
+            "idle": machine.idle,
             "checked_out": machine.checked_out,
             "checking": machine.checking,
             "connecting": machine.connecting,
             "closing": machine.closing,
-            "waiting": len(machine.waiting),
+            "waiting": machine.waiting,
         }
         return {name: number for name, number in gauges.items() if number}
 
@@ -120,7 +119,7 @@ class Pool:
 
     @property
     def queue(self) -> list[Any]:
-        return [request.holder for request in self.machine.waiting]
+        return [request.holder for request in self.machine.queue]
 
     def read(self) -> PoolSnapshot:
         values = read_machine(self.machine, self.now, lambda h: (h, None), has_callers=False)
@@ -253,9 +252,7 @@ def test_with_timeout_zero_nobody_queues():
 
 
 @pytest.mark.parametrize(("waiters", "attempts"), [(1, 1), (2, 2), (5, 3)])
-def test_a_cold_pool_starts_an_attempt_per_waiter_up_to_max_connecting(
-    waiters: int, attempts: int
-):
+def test_a_cold_pool_starts_an_attempt_per_waiter_up_to_max_connecting(waiters: int, attempts: int):
     pool = Pool(max_size=10, max_connecting=3)
     pool.ask_each("abcde"[:waiters])
     assert pool.gauges == {"connecting": attempts, "waiting": waiters}
@@ -470,9 +467,7 @@ def test_warming_opens_min_size_without_anybody_asking():
 
 
 @pytest.mark.parametrize(("idle_seconds", "needs_ping"), [(0.5, False), (1.0, True)])
-def test_a_connection_that_was_idle_for_long_is_to_be_pinged(
-    idle_seconds: float, needs_ping: bool
-):
+def test_a_connection_that_was_idle_for_long_is_to_be_pinged(idle_seconds: float, needs_ping: bool):
     pool = Pool(opened=1, max_size=1, pre_ping=True, ping_after=1.0)
     pool.give_back(pool.ask())
     pool.now += idle_seconds
@@ -557,7 +552,7 @@ def test_a_connection_retired_while_it_was_checked_is_not_handed_out():
 
 def test_below_max_size_the_replacement_is_opened_before_the_aged_one_goes():
     pool = Pool(opened=1, max_size=2, max_lifetime=100.0)
-    (aged,) = pool.machine.idle
+    (aged,) = pool.machine.lanes[0].idle
     pool.tick(99.0)
     meanwhile = pool.gauges
     pool.open_next()
@@ -795,7 +790,7 @@ def test_who_connects_itself_into_a_closed_pool_has_failed():
 
 def test_without_threads_callers_connect_themselves_in_turn():
     pool = Pool(max_size=3, upkeep="inline", max_connecting=1)
-    first, second, third = pool.ask_each("abc")
+    first, second, _third = pool.ask_each("abc")
     pool.connect(first)
     assert (first.state, second.slot.state, pool.woken) == ("checked_out", "connecting", ["b"])
     assert pool.queue == ["c"]

@@ -188,9 +188,7 @@ class PoolLaws(RuleBasedStateMachine):
     @property
     def idle(self) -> list[Slot]:
         return [
-            slot
-            for slot in self.connections
-            if slot not in self.users and slot not in self.closing
+            slot for slot in self.connections if slot not in self.users and slot not in self.closing
         ]
 
     def states(self) -> dict[Slot, str]:
@@ -357,7 +355,7 @@ class PoolLaws(RuleBasedStateMachine):
         self.callers.append(caller)
         self.expected.counters["requests"] += 1
         answer = self.expected_answer(caller)
-        got = self.machine.checkout(asked_at, self.now, label)
+        got = self.machine.checkout(asked_at, self.now, label, self.machine.lanes[0])
         self.receive(caller, got, answer)
         return caller
 
@@ -750,7 +748,9 @@ class PoolLaws(RuleBasedStateMachine):
     def slots_are_where_the_driver_knows_them(self) -> None:
         states = self.states()
         assert {slot: slot.state for slot in self.machine.slots} == states
-        assert sorted(map(id, self.machine.idle)) == sorted(map(id, self.idle))
+        assert sorted(id(slot) for lane in self.machine.lanes for slot in lane.idle) == sorted(
+            map(id, self.idle)
+        )
 
     @invariant()
     def gauges_are_right(self) -> None:
@@ -758,13 +758,13 @@ class PoolLaws(RuleBasedStateMachine):
         states = Counter(self.states().values())
         assert {
             "open": machine.open,
-            "idle": len(machine.idle),
+            "idle": machine.idle,
             "checked_out": machine.checked_out,
             "checking": machine.checking,
             "connecting": machine.connecting,
             "closing": machine.closing,
             "requesting": machine.books.requesting,
-            "waiting": [self.asking[request] for request in machine.waiting],
+            "waiting": [self.asking[request] for request in machine.queue],
         } == {
             "open": states["idle"] + states["checked_out"] + states["checking"],
             "idle": states["idle"],
@@ -821,7 +821,7 @@ class PoolLaws(RuleBasedStateMachine):
             + books.caused_by_pool
             + sum(row.wait_caused_seconds for row in books.rows.values())
             + sum(books.caused - s.mark for s in machine.slots if s.state == "checked_out")
-            + (self.now - books.integrated_until) * len(machine.waiting)
+            + (self.now - books.integrated_until) * machine.waiting
         )
         in_progress = sum(
             caller.waited + (self.now - caller.queued_at if caller.stage == "waiting" else 0.0)
@@ -968,6 +968,4 @@ def chosen(things: list, pick: int):
 
 
 def test_the_pool_keeps_its_laws_whatever_happens():
-    run_state_machine_as_test(
-        PoolLaws, settings=settings(settings.default, stateful_step_count=40)
-    )
+    run_state_machine_as_test(PoolLaws, settings=settings(settings.default, stateful_step_count=40))

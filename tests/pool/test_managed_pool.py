@@ -152,7 +152,7 @@ def until(is_so: Callable[[], bool]) -> None:
 def waiter_at(pool: ManagedPool, waiting: int = 1) -> Future[Any]:
     """Start a caller, and return once it waits."""
     caller = in_thread(pool.connect)
-    until(lambda: len(pool._driver.machine.waiting) == waiting)
+    until(lambda: pool._driver.machine.waiting == waiting)
     return caller
 
 
@@ -1121,7 +1121,7 @@ def test_waiters_are_served_first_come_first_served(pools: Pools) -> None:
     callers = []
     for number in range(5):
         callers.append(in_thread(lambda number=number: ask(number)))
-        until(lambda: len(pool._driver.machine.waiting) == len(callers))
+        until(lambda: pool._driver.machine.waiting == len(callers))
     held.close()
     for caller in callers:
         caller.result(PATIENCE)

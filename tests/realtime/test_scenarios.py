@@ -479,7 +479,7 @@ def quick_collector() -> Iterator[None]:
     threshold = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.collect()  # it measures the old objects anew: a quarter more of them starts a full collection
+    gc.collect()  # it counts the old objects anew: a quarter more starts a full collection
     gc.set_threshold(1, 1, 1)
     yield
     gc.set_threshold(*threshold)
