@@ -30,7 +30,7 @@ import sqlalchemy.pool.base
 import sqlalchemy.pool.impl
 import sqlalchemy.util.queue
 
-from sqla_poolkit.pool import _driver, _sqlalchemy, _sync, managed
+from sqla_poolkit.pool import _driver, _sqlalchemy, _sync, _threads
 
 __all__ = ["Broken", "Dice", "Inbox", "Parker", "Simulation", "Task", "statement_by_statement"]
 
@@ -270,8 +270,7 @@ class Simulation:
                 monotonic=self.clock,
                 wall_clock=self.clock,
             ),
-            mock.patch.object(managed, "get_ident", _ident),
-            mock.patch.object(_driver, "get_ident", _ident),
+            mock.patch.object(_threads, "get_ident", _ident),
             mock.patch.object(_driver, "random", SimpleNamespace(random=chance)),
             mock.patch.object(_sqlalchemy, "sys", SimpleNamespace(_current_frames=self._frames)),
             mock.patch.object(sqlalchemy.util.queue, "threading", self._threading()),

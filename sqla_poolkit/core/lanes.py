@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import Any
 
 from .policies import Pace
 from .slots import Purpose, Request, Slot
@@ -24,6 +25,7 @@ class Lane:
         "connecting",
         "idle",
         "in_flight",
+        "key",
         "owed",
         "pace",
         "put_back",
@@ -37,7 +39,9 @@ class Lane:
     put_back: Callable[[Slot], None]
     """Undoes ``take``."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Any = None) -> None:
+        self.key = key
+        """What the driver knows it by."""
         self.queue: OrderedDict[Request, None] = OrderedDict()
         """Who waits, in the order in which they asked."""
         self.idle: deque[Slot] = deque()

@@ -171,9 +171,12 @@ class Machine:
 
     # -- lanes -------------------------------------------------------------------------------
 
-    def add_lane(self) -> Lane:
-        """Open another lane, for callers who cannot use the connections of the others."""
-        lane = Lane()
+    def add_lane(self, key: Any = None) -> Lane:
+        """Open another lane, for callers who cannot use the connections of the others.
+
+        :param key: what the driver knows the lane by.
+        """
+        lane = Lane(key)
         lane.use_lifo(self.config.use_lifo)
         self.lanes.append(lane)
         self._look_for_short_cut()
@@ -434,6 +437,7 @@ class Machine:
         request = next(iter(slot.lane.queue))
         self._leave_queue(request, now)
         request.slot = slot
+        slot.granted_to = request
         slot.asked_at = request.asked_at
         if self._is_known_alive(slot, now):
             self._hand_out(slot, now, request.holder)
@@ -972,6 +976,14 @@ class Machine:
             request = next(iter(lane.queue))
             request.error = error
             self._fail_waiting(request, now, "failed")
+        self._grow(now)
+
+    def attempt_cancelled(self, slot: Slot, now: float) -> None:
+        """Say that an attempt was given up that says nothing about the database."""
+        if self.waiting:
+            self.advance(now)
+        self._forget_attempt(slot)
+        self._replace_later(slot)
         self._grow(now)
 
     def _attempt_ended(self, slot: Slot) -> None:

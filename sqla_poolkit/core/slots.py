@@ -64,6 +64,7 @@ class Slot:
         "asked_at",
         "expires_at",
         "held_since",
+        "granted_to",
         "holder",
         "idle_since",
         "is_detached",
@@ -117,6 +118,8 @@ class Slot:
         self.is_own_connect = False
         self.request: Request | None = None
         """The request it was granted to, until that is served."""
+        self.granted_to: Request | None = None
+        """The last request it was granted to, whose caller may not have woken yet."""
         self.is_requested = False
         """Its holder's request is not settled yet, so it still counts as ``requesting``."""
         self.asked_at = now
@@ -145,6 +148,7 @@ class Request:
         "failure",
         "has_queued",
         "holder",
+        "is_awake",
         "is_held_back",
         "lane",
         "parker",
@@ -172,6 +176,8 @@ class Request:
         self.has_queued = False
         self.is_held_back = False
         """It counts as served only after ``confirm``."""
+        self.is_awake = False
+        """Its caller has seen what became of it."""
         self.waited = 0.0
         """Seconds in the queue so far, but for the present stay."""
         self.slot: Slot | None = None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._driver import ThreadDriver
+    from ._driver import Driver
 
 __all__ = ["QueuePoolNames"]
 
@@ -15,7 +15,7 @@ __all__ = ["QueuePoolNames"]
 class QueuePoolNames:
     """Answers as QueuePool does, from one consistent reading each."""
 
-    _driver: ThreadDriver
+    _driver: Driver
     _is_asyncio = False
 
     def size(self) -> int:
@@ -81,7 +81,7 @@ class QueuePoolNames:
 class _QueueView:
     """QueuePool's queue, to be looked at."""
 
-    def __init__(self, driver: ThreadDriver) -> None:
+    def __init__(self, driver: Driver) -> None:
         self._driver = driver
 
     @property

@@ -1,7 +1,8 @@
-"""The thread driver: carries out with threads what the state machine decides.
+"""The driver: carries out what the state machine decides, whether for threads or for asyncio.
 
 One driver serves a pool and all its successors (``engine.dispose()`` makes a new pool object), so
-limit, queue, totals and name outlive any of them.
+limit, queue, totals and name outlive any of them.  What differs between threads and event loops,
+how a caller parks and where the background work runs, is in ``_threads`` and ``_loops``.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import os
 import random
 import weakref
-from _thread import get_ident
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -22,7 +23,9 @@ from ..core.machine import Machine
 from ..core.slots import (
     CHECKED_OUT,
     CHECKING,
+    CLOSING,
     CONNECTING,
+    GONE,
     Close,
     CloseReason,
     Open,
@@ -33,32 +36,33 @@ from ..core.slots import (
 from ..core.snapshot import PoolSnapshot, read_machine
 from ..errors import PoolClosed, PoolMisuse, PoolTimeout
 from . import _liveness, _sqlalchemy, _sync
-from ._callers import describe_holder, holder_finder
+from ._callers import describe_holder
 from ._collector import collect_garbage
 from ._messages import overloaded_error, timeout_error
 from ._sqlalchemy import ConnectionPoolEntry, assign_slot, slot_of
-from ._upkeep import Upkeep
-from ._workers import Workers
 
 if TYPE_CHECKING:
+    from ..core.lanes import Lane
     from ..core.slots import Decision
-    from .managed import ManagedPool
+    from .managed import Managed
 
-__all__ = ["ThreadDriver"]
+__all__ = ["Driver", "Job"]
 
 _AUDIT_SECONDS = 1.0
 _SHARE_SECONDS = 0.02
 
 
 _Got = TypeVar("_Got")
+Job = Callable[[Slot], "list[Decision]"]
+"""Does what takes long for a slot, and returns what was decided then."""
 
 
 def _record(slot: Slot | Request) -> ConnectionPoolEntry:
     return cast(ConnectionPoolEntry, cast(Slot, slot).resource)
 
 
-class ThreadDriver:
-    """The lock, the threads and the connections of one pool.
+class Driver(ABC):
+    """The lock and the connections of one pool.
 
     The lock guards the state machine and the attributes below it.  While it is held there is no
     I/O, no user code and no logging.  It is re-entrant only so that a thread can tell that it
@@ -66,12 +70,19 @@ class ThreadDriver:
     through ``inbox``, and whoever holds the lock leaves it to be emptied after the release.
     """
 
-    def __init__(self, config: PoolConfig) -> None:
+    lane: Lane | None = None
+    """The one lane of all callers; None where each has to find its own."""
+    find_holder: Callable[[], Hashable]
+    """Returns who asks; to be called from ``_do_get`` itself."""
+    caller: Callable[[], Hashable]
+    """Returns what tells callers apart who are in the middle of a checkout."""
+
+    def __init__(self, config: PoolConfig, lanes: int, new_parker: Callable[[], Any]) -> None:
         self.lock = _sync.RLock()
         self.holds_lock = _sync.ownership_of(self.lock)
         self.clock = _sync.monotonic
-        self.machine = Machine(config, self.clock(), random.random, _sync.Parker)
-        self.lane = self.machine.lanes[0]
+        self.machine = Machine(config, self.clock(), random.random, new_parker, lanes)
+        self._new_parker = new_parker
         self._spares: list[ConnectionPoolEntry] = []
         """Records without a connection, to be filled again; their ``record_info`` survives."""
         self._suspects: dict[Slot, int] = {}
@@ -82,25 +93,54 @@ class ThreadDriver:
         self.inbox: deque[Slot] = deque()
         self._backlog: deque[Decision] = deque()
         """What a return decided, for the upkeep: a return must not start threads."""
-        self._watchers: list[_sync.Parker] = []
+        self._watchers: list[Any] = []
         self._next_upkeep = inf
-        self.confirming: set[int] = set()
-        """Threads whose checkout counts only after the ``checkout`` listeners agreed."""
+        self.confirming: set[Hashable] = set()
+        """Callers whose checkout counts only after the ``checkout`` listeners agreed."""
         self.last_connect_error: str | None = None
         self._reading: tuple[float, PoolSnapshot] | None = None
-        self._pools: list[weakref.ref[ManagedPool]] = []
+        self._pools: list[weakref.ref[Managed]] = []
         """The pool and its predecessors; the last one that is alive opens the connections."""
-        self.find_holder = holder_finder(config.track)
         self._is_inline = config.upkeep == "inline"
-        self._workers = Workers(config.name)
-        self._upkeep = Upkeep(config.name, self)
+
+    # -- what differs between threads and event loops ----------------------------------------
+
+    @abstractmethod
+    def find_lane(self) -> Lane:
+        """Return the lane of the present caller."""
+
+    @abstractmethod
+    def _start(self, job: Job, slot: Slot) -> bool:
+        """Do a job in the background; return False if that is not possible any more."""
+
+    @abstractmethod
+    def _can_do_here(self, slot: Slot) -> bool:
+        """Tell whether the present caller may open or close this slot's connection."""
+
+    @abstractmethod
+    def _mind_growth(self) -> None:
+        """See to it that the upkeep comes in time for what is due next."""
+
+    @abstractmethod
+    def _wake_upkeep(self) -> None:
+        """Have the upkeep look now."""
+
+    @abstractmethod
+    def _is_being_handled(self, slot: Slot) -> bool:
+        """Tell whether somebody is just now checking this slot's record out or in."""
+
+    @abstractmethod
+    def _cut_off(self, connection: Any) -> None:
+        """End a connection under whoever uses it."""
+
+    # -- the pools it serves -----------------------------------------------------------------
 
     @property
     def config(self) -> PoolConfig:
         """The present settings."""
         return self.machine.config
 
-    def serve(self, pool: ManagedPool) -> None:
+    def serve(self, pool: Managed) -> None:
         """Open connections for this pool from now on; those of its predecessors are retired."""
         has_predecessor = bool(self._pools)
         self._pools = [reference for reference in self._pools if reference() is not None]
@@ -158,8 +198,8 @@ class ThreadDriver:
         raise PoolClosed(self._closed_message())
 
     def listeners_decide(self) -> bool:
-        """Tell whether listeners have yet to agree to the present thread's checkout."""
-        return get_ident() in self.confirming
+        """Tell whether listeners have yet to agree to the present caller's checkout."""
+        return self.caller() in self.confirming
 
     def _step(self, change: Callable[[float], _Got]) -> _Got:
         """Make one change under the lock, and carry out what it decides."""
@@ -193,6 +233,7 @@ class ThreadDriver:
                 slot = request.slot
             else:
                 slot = self._step(lambda now: machine.expire(request, now))
+        request.is_awake = True
         if slot is None:
             raise self._failure(request)
         return slot
@@ -246,7 +287,7 @@ class ThreadDriver:
         pinged = False
         if probe is None or slot.needs_ping or not probe():
             pinged = True
-            if not _sqlalchemy.ping(self._current_pool(), record.dbapi_connection):
+            if not _sqlalchemy.ping(self.current_pool(), record.dbapi_connection):
                 stale = "ping"
         probed = probe is not None
 
@@ -365,40 +406,17 @@ class ThreadDriver:
             self._backlog.extend(later)
             self._wake_upkeep()
 
-    def _run(
-        self, job: Callable[[Slot], list[Decision]], slot: Slot, todo: deque[Decision]
-    ) -> None:
-        """Run a job in the background, or here where there are no threads."""
-        if not self._is_inline:
-            try:
-                self._workers.submit(lambda: self._work(job, slot))
-            except RuntimeError:
-                # no thread can be started: too many, or the interpreter is about to end
-                pass
-            else:
-                return
-        todo.extend(job(slot))
+    def _run(self, job: Job, slot: Slot, todo: deque[Decision]) -> None:
+        """Run a job in the background, or here where there is no background."""
+        if self._is_inline and self._can_do_here(slot):
+            todo.extend(job(slot))
+        elif not self._start(job, slot):
+            todo.extend(job(slot))
 
-    def _work(self, job: Callable[[Slot], list[Decision]], slot: Slot) -> None:
+    def _work(self, job: Job, slot: Slot) -> None:
         """Do a job in the background; after a failed connect something is due soon again."""
         self._carry_out(job(slot))
         self._mind_growth()
-
-    def _mind_growth(self) -> None:
-        """See to it that the upkeep comes in time for what is due next."""
-        if self._is_inline:
-            return
-        if self.machine.next_tick(self.clock()) < self._next_upkeep:
-            self._wake_upkeep()
-
-    def _wake_upkeep(self) -> None:
-        try:
-            self._upkeep.wake()
-        except RuntimeError:
-            # no thread can be started: too many, or the interpreter is about to end
-            backlog = list(self._backlog)
-            self._backlog.clear()
-            self._carry_out(backlog)
 
     # -- connecting and closing --------------------------------------------------------------
 
@@ -410,22 +428,41 @@ class ThreadDriver:
         if not wanted:
             return decisions
         try:
-            record = self._open_record(self._current_pool())
+            record = self._open_record(self.current_pool())
         except BaseException as error:  # noqa: BLE001 - whatever it is, a caller waits for it
-            self._remember_error(error)
-            with self.lock:
-                self.machine.connect_failed(slot, self.clock(), error)
-                return decisions + self.machine.take_decisions()
+            return decisions + self._attempt_failed(slot, error)
         with self.lock:
-            self._fill(slot, record)
-            self.machine.connected(slot, self.clock())
-            return decisions + self.machine.take_decisions()
+            is_wanted = slot.state == CONNECTING
+            if is_wanted:
+                self._fill(slot, record)
+                self.machine.connected(slot, self.clock())
+            decisions += self.machine.take_decisions()
+        if not is_wanted:
+            record.close()
+        return decisions
+
+    def _attempt_failed(self, slot: Slot, error: BaseException) -> list[Decision]:
+        """Say that an attempt in the background has failed, or was itself cancelled."""
+        is_cancelled = self._is_cancellation(error)
+        if not is_cancelled:
+            self._remember_error(error)
+        with self.lock:
+            if slot.state == CONNECTING:
+                if is_cancelled:
+                    self.machine.attempt_cancelled(slot, self.clock())
+                else:
+                    self.machine.connect_failed(slot, self.clock(), error)
+            return self.machine.take_decisions()
+
+    def _is_cancellation(self, error: BaseException) -> bool:  # noqa: ARG002 - of loops only
+        """Tell whether this ended the background work itself, not what it was about."""
+        return False
 
     def _connect_here(self, slot: Slot) -> Slot:
         """Open a connection in the caller's own thread."""
         machine = self.machine
         try:
-            record = self._open_record(self._current_pool())
+            record = self._open_record(self.current_pool())
         except BaseException as error:
             self._remember_error(error)
             raise
@@ -438,18 +475,19 @@ class ThreadDriver:
 
         return self._step(change)
 
-    def lend_late(self, pool: ManagedPool, record: ConnectionPoolEntry) -> None:
+    def lend_late(self, pool: Managed, record: ConnectionPoolEntry) -> None:
         """Have a connection closed on its return that a pool with a living successor handed out."""
         with self.lock:
             slot = slot_of(record)
             if slot is not None and self._pool() is not pool:
                 self.machine.doom(slot, "disposed")
 
-    def _pool(self) -> ManagedPool | None:
+    def _pool(self) -> Managed | None:
         alive = (reference() for reference in reversed(self._pools))
         return next((pool for pool in alive if pool is not None), None)
 
-    def _current_pool(self) -> ManagedPool:
+    def current_pool(self) -> Managed:
+        """Return the pool that opens connections now."""
         pool = self._pool()
         if pool is None:
             raise PoolMisuse("the pool was dropped while a connection was opened or checked")
@@ -459,7 +497,7 @@ class ThreadDriver:
         slot.resource = record
         assign_slot(record, slot)
 
-    def _open_record(self, pool: ManagedPool) -> ConnectionPoolEntry:
+    def _open_record(self, pool: Managed) -> ConnectionPoolEntry:
         """Connect, in a record that was emptied before or in a new one."""
         record: ConnectionPoolEntry
         spare = self._take_spare()
@@ -500,8 +538,9 @@ class ThreadDriver:
         except BaseException as error:  # noqa: BLE001 - a listener's error must not keep the place
             self._log_failed_close(record, error)
         with self.lock:
-            self._let_go(slot)
-            self.machine.closed(slot, self.clock())
+            if slot.state == CLOSING:
+                self._let_go(slot)
+                self.machine.closed(slot, self.clock())
             return self.machine.take_decisions()
 
     def _log_failed_close(self, record: ConnectionPoolEntry, error: BaseException) -> None:
@@ -530,7 +569,7 @@ class ThreadDriver:
     # -- upkeep ------------------------------------------------------------------------------
 
     def upkeep(self) -> float:
-        """Do what is due; return in how many seconds to come again."""
+        """Do what is due; return in how many seconds to come again, infinity for never."""
         with self.lock:
             self.take_returns()
             now = self.clock()
@@ -575,7 +614,7 @@ class ThreadDriver:
                 continue
             suspects[slot] = slot.uses
             was_suspect = self._suspects.get(slot) == slot.uses
-            if was_suspect and not _sqlalchemy.is_being_handled(record, slot):
+            if was_suspect and not self._is_being_handled(slot):
                 if record.dbapi_connection is not None:
                     self.machine.checkin(slot, now, "leaked")
                 else:
@@ -602,7 +641,7 @@ class ThreadDriver:
             decisions = self.machine.take_decisions()
         others: list[Decision] = []
         for decision in decisions:
-            if isinstance(decision, Close):
+            if isinstance(decision, Close) and self._can_do_here(decision.slot):
                 others += self._close(decision.slot)
             else:
                 others.append(decision)
@@ -659,19 +698,15 @@ class ThreadDriver:
             with self.lock:
                 held = [s.resource for s in self.machine.slots if s.state == CHECKED_OUT]
             for record in held:
-                self._cut_off(record)
+                connection = record.dbapi_connection
+                if connection is not None:
+                    self._cut_off(connection)
         if not self._is_inline:
             self._wake_upkeep()
 
-    def _cut_off(self, record: ConnectionPoolEntry) -> None:
-        connection = record.dbapi_connection
-        pool = self._pool()
-        if connection is not None and pool is not None and not _liveness.cut_off(connection):
-            pool.close_connection(connection)
-
     def _watch(self, is_done: Callable[[], bool], seconds: float | None) -> bool:
         """Wait until something is so; return whether it is."""
-        parker = _sync.Parker()
+        parker = self._new_parker()
         self._watchers.append(parker)
         try:
             deadline = None if seconds is None else self.clock() + seconds
@@ -734,7 +769,6 @@ class ThreadDriver:
     def name(self, name: str) -> None:
         """Give the pool its name."""
         self.machine.config = replace(self.config, name=name)
-        self._workers.name = self._upkeep.name = name
 
     # -- fork --------------------------------------------------------------------------------
 
@@ -749,7 +783,7 @@ class ThreadDriver:
                 _liveness.lay_dead(record.dbapi_connection)
                 _graveyard.append(record.dbapi_connection)
         pools = self._pools
-        self.__init__(self.config)  # type: ignore[misc]
+        type(self).__init__(self, self.config)  # type: ignore[call-arg]
         self._pools = pools
         for pool in filter(None, (reference() for reference in pools)):
             _sqlalchemy.release_first_connect(pool)

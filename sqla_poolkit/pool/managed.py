@@ -1,10 +1,9 @@
-"""ManagedPool: SQLAlchemy's face of the pool for threads."""
+"""SQLAlchemy's face of the pool: what threads and asyncio share, and ManagedPool for threads."""
 
 from __future__ import annotations
 
-from _thread import get_ident
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import UNSET, PoolConfig
 from ..core.slots import CHECKED_OUT
@@ -12,7 +11,7 @@ from ..core.snapshot import PoolSnapshot
 from ..errors import ArgumentError
 from . import _sqlalchemy, _sync
 from ._compatibility import QueuePoolNames
-from ._driver import ThreadDriver
+from ._driver import Driver
 from ._fork import start_over_after_fork
 from ._names import unique_name
 from ._sqlalchemy import (
@@ -21,15 +20,16 @@ from ._sqlalchemy import (
     Creator,
     PoolProxiedConnection,
 )
+from ._threads import ThreadDriver
 
-__all__ = ["ManagedPool"]
+__all__ = ["Managed", "ManagedPool"]
 
 
-class ManagedPool(QueuePoolNames, BasePool):
-    """A fair connection pool for threads that keeps honest books.
+class Managed(QueuePoolNames, BasePool):
+    """A fair connection pool that keeps honest books; see its two classes for threads and asyncio.
 
-    Use it as ``create_engine(url, poolclass=ManagedPool)``.  QueuePool's arguments and methods
-    keep working; what differs is listed in the README.  All times are in seconds.
+    QueuePool's arguments and methods keep working; what differs is listed in the README.  All
+    times are in seconds.
 
     :param creator: returns a new DBAPI connection; ``create_engine`` supplies it.
     :param pool_size: with ``max_overflow`` another way to give ``max_size``.  Default 5.
@@ -74,10 +74,8 @@ class ManagedPool(QueuePoolNames, BasePool):
         and for drivers whose connections cannot be shared by threads.
     """
 
-    # below SQLAlchemy's own pools, so that logging set up for "sqlalchemy.pool" shows this one
-    _sqla_logger_namespace = "sqlalchemy.pool.impl.ManagedPool"
-
-    _driver: ThreadDriver
+    _driver: Driver
+    _driver_class: ClassVar[type[Driver]]
 
     def __init__(
         self,
@@ -101,7 +99,7 @@ class ManagedPool(QueuePoolNames, BasePool):
         track: str = UNSET,
         collect_leaks: bool = UNSET,
         pool_name: str | None = UNSET,
-        _driver: ThreadDriver | None = None,
+        _driver: Driver | None = None,
         **kw: Any,
     ) -> None:
         if _driver is not None:
@@ -132,7 +130,8 @@ class ManagedPool(QueuePoolNames, BasePool):
         }
         if pre_ping is UNSET:
             arguments["pre_ping"] = kw.get("dialect") is not None
-        self._driver = ThreadDriver(PoolConfig.from_arguments(arguments))
+        make_driver: Callable[[PoolConfig], Driver] = self._driver_class  # type: ignore[assignment]
+        self._driver = make_driver(PoolConfig.from_arguments(arguments))
         lifetime = self._driver.config.max_lifetime
         # SQLAlchemy has its recycle as an integer, but never looks at it here
         super().__init__(creator, -1 if lifetime is None else lifetime, **kw)  # type: ignore[arg-type]
@@ -145,27 +144,25 @@ class ManagedPool(QueuePoolNames, BasePool):
         self._driver.serve(self)
 
     def _refuse_what_cannot_work(self) -> None:
-        dialect = self._dialect
-        if getattr(dialect, "is_async", False) is True:
-            raise ArgumentError(
-                f"{type(self).__name__} serves threads, but the driver "
-                f"{getattr(dialect, 'driver', '')!r} is for asyncio; with create_async_engine "
-                "leave poolclass out, or use sqlalchemy.pool.AsyncAdaptedQueuePool"
-            )
+        self._refuse_the_wrong_kind_of_driver()
         reason = _sqlalchemy.why_unsuitable(self)
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__} cannot serve this database: {reason}")
+
+    def _refuse_the_wrong_kind_of_driver(self) -> None:
+        """Refuse a driver for asyncio in a pool for threads, and the reverse."""
+        raise NotImplementedError
 
     # -- what SQLAlchemy calls ---------------------------------------------------------------
 
     def _connect_heard(self) -> PoolProxiedConnection:
         # the caller counts as served only after the listeners agreed
-        thread = get_ident()
-        self._driver.confirming.add(thread)
+        caller = self._driver.caller()
+        self._driver.confirming.add(caller)
         try:
             proxy = super()._connect_heard()
         finally:
-            self._driver.confirming.discard(thread)
+            self._driver.confirming.discard(caller)
         self._driver.confirm(_sqlalchemy.record_of(proxy))
         return proxy
 
@@ -177,12 +174,13 @@ class ManagedPool(QueuePoolNames, BasePool):
         holder = driver.find_holder()
         machine = driver.machine
         inbox = driver.inbox
+        lane = driver.lane or driver.find_lane()
         if driver.holds_lock():
             driver.refuse_nested()
         with driver.lock:
             if inbox:
                 driver.take_returns()
-            got: Any = machine.checkout(asked_at, clock(), holder, driver.lane)
+            got: Any = machine.checkout(asked_at, clock(), holder, lane)
             if driver.confirming:
                 driver.hold_back(got)
         if got.state is CHECKED_OUT and not machine.decisions and not inbox:
@@ -235,11 +233,11 @@ class ManagedPool(QueuePoolNames, BasePool):
 
     def _do_get_late(self) -> ConnectionPoolEntry:
         """Serve a caller who still has this pool although it has a successor."""
-        record = ManagedPool._do_get(self)
+        record = type(self)._do_get(self)
         self._driver.lend_late(self, record)
         return record
 
-    def recreate(self) -> ManagedPool:
+    def recreate(self) -> Managed:
         """Return the pool that takes this one's place: same settings, name, totals and limit.
 
         Who waits here is served by it; connections of this one are closed as they come back.
@@ -270,13 +268,6 @@ class ManagedPool(QueuePoolNames, BasePool):
         """Return one consistent reading of the pool."""
         return self._driver.snapshot()
 
-    def wait_ready(self, timeout: float | None = 30.0) -> None:
-        """Open ``min_size`` connections and wait until they are.
-
-        :raises PoolTimeout: if they are not within ``timeout`` seconds; the pool goes on trying.
-        """
-        self._driver.wait_ready(timeout)
-
     def resize(self, min_size: int = UNSET, max_size: int | None = UNSET) -> None:
         """Change the limits of the live pool.
 
@@ -298,14 +289,6 @@ class ManagedPool(QueuePoolNames, BasePool):
         """Replace every connection: idle ones now, the others when they come back."""
         self._driver.retire_all("retired")
 
-    def close(self, timeout: float | None = 5.0) -> None:
-        """Close for good: nothing is handed out any more, and callers who wait get ``PoolClosed``.
-
-        Waits for the holders, at most ``timeout`` seconds (None: until they are done), then cuts
-        their connections off.  Unlike ``dispose()`` this is final.
-        """
-        self._driver.close(timeout)
-
     def __repr__(self) -> str:
         self._driver.empty_inbox()
         machine = self._driver.machine
@@ -317,3 +300,38 @@ class ManagedPool(QueuePoolNames, BasePool):
             f"{machine.idle} idle, {machine.checked_out} checked out, "
             f"{machine.connecting} connecting, {machine.waiting} waiting>"
         )
+
+
+class ManagedPool(Managed):
+    """A fair connection pool for threads that keeps honest books.
+
+    Use it as ``create_engine(url, poolclass=ManagedPool)``.  QueuePool's arguments and methods
+    keep working; what differs is listed in the README.  All times are in seconds.
+    """
+
+    # below SQLAlchemy's own pools, so that logging set up for "sqlalchemy.pool" shows this one
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.ManagedPool"
+    _driver_class = ThreadDriver
+
+    def _refuse_the_wrong_kind_of_driver(self) -> None:
+        if getattr(self._dialect, "is_async", False) is True:
+            raise ArgumentError(
+                f"{type(self).__name__} serves threads, but the driver "
+                f"{getattr(self._dialect, 'driver', '')!r} is for asyncio; with "
+                "create_async_engine use poolclass=AsyncManagedPool"
+            )
+
+    def wait_ready(self, timeout: float | None = 30.0) -> None:
+        """Open ``min_size`` connections and wait until they are.
+
+        :raises PoolTimeout: if they are not within ``timeout`` seconds; the pool goes on trying.
+        """
+        self._driver.wait_ready(timeout)
+
+    def close(self, timeout: float | None = 5.0) -> None:
+        """Close for good: nothing is handed out any more, and callers who wait get ``PoolClosed``.
+
+        Waits for the holders, at most ``timeout`` seconds (None: until they are done), then cuts
+        their connections off.  Unlike ``dispose()`` this is final.
+        """
+        self._driver.close(timeout)

@@ -30,7 +30,7 @@ from sqlalchemy.pool import QueuePool
 from sqla_poolkit import ManagedPool, PoolClosed, PoolOverloaded, PoolSnapshot, PoolTimeout
 from sqla_poolkit.core.machine import Machine
 from sqla_poolkit.core.snapshot import read_machine
-from sqla_poolkit.pool import _driver, _upkeep, _workers, managed
+from sqla_poolkit.pool import _driver, _threads, _upkeep, _workers, managed
 from sqla_poolkit.pool._callers import describe_holder
 from tests.pool.laws import assert_lawful
 from tests.pool.stub import Database, Disconnected, Error, Interrupt, StubDialect
@@ -46,7 +46,7 @@ from tests.simulation import (
 PRECISION = 1e-6
 GLANCE = 0.011
 """The upkeep looks so often at callers who wait beside a free place."""
-DRIVER_MODULES = (_driver, managed, _upkeep, _workers)
+DRIVER_MODULES = (_driver, _threads, managed, _upkeep, _workers)
 
 # What the database does when asked: after how many seconds, and how it ends.
 HANGS = 1e9
@@ -725,11 +725,11 @@ def test_a_run_that_fails_tells_its_seed(monkeypatch, capsys):
 
 
 def forget_to_wake(monkeypatch):
-    monkeypatch.setattr(_driver.ThreadDriver, "_wake_upkeep", lambda driver: None)
+    monkeypatch.setattr(_threads.ThreadDriver, "_wake_upkeep", lambda driver: None)
 
 
 def leave_returns_in_the_inbox(monkeypatch):
-    monkeypatch.setattr(_driver.ThreadDriver, "empty_inbox", lambda driver: None)
+    monkeypatch.setattr(_threads.ThreadDriver, "empty_inbox", lambda driver: None)
 
 
 def lose_the_place_of_a_failed_connect(monkeypatch):
