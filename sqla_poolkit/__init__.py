@@ -4,10 +4,12 @@ from .core.holders import held_by
 from .core.snapshot import PoolInterval, PoolSnapshot
 from .errors import PoolClosed, PoolOverloaded, PoolTimeout, PoolUnavailable
 from .pool.managed import ManagedPool
+from .pool.managed_async import AsyncManagedPool
 from .pool.monitored import MonitoredNullPool, MonitoredQueuePool
 from .pool.reading import snapshot
 
 __all__ = [
+    "AsyncManagedPool",
     "ManagedPool",
     "MonitoredNullPool",
     "MonitoredQueuePool",

@@ -137,9 +137,9 @@ class Machine:
         return self.waiting > 0 or self.is_closed
 
     @property
-    def is_full(self) -> bool:
-        """Tell whether no further connection may be opened."""
-        return len(self.slots) >= self._limit
+    def may_grow(self) -> bool:
+        """Tell whether a connection may be opened, perhaps in another lane's place."""
+        return len(self.slots) < self._limit or len(self.lanes) > 1
 
     @property
     def open(self) -> int:
@@ -206,10 +206,7 @@ class Machine:
             self.checkin(slot, now, "forgotten")
             return
         if slot.is_own_connect or slot.request is not None:
-            request, slot.request = slot.request, None
-            self.books.requesting -= 1
-            self.books.cancelled += 1
-            self._record_wait(request, served=False)
+            self._cancel_granted(slot)
         if slot.state == CONNECTING:
             self._forget_attempt(slot)
             return
@@ -329,7 +326,6 @@ class Machine:
         deadline = None if timeout is None else asked_at + timeout
         self._tickets += 1
         request = Request(self._tickets, asked_at, now, deadline, holder, lane)
-        request.parker = self._new_parker()
         if self.phase == "closed":
             self._fail(request, "closed")
             return request
@@ -402,6 +398,7 @@ class Machine:
             lane.pace.queue_formed(now, books.use_time)
         if not request.has_queued:
             request.has_queued = True
+            request.parker = self._new_parker()
             books.waits += 1
         request.queued_at = now
         lane.queue[request] = None
@@ -523,7 +520,10 @@ class Machine:
             failure: Failure = "failed" if isinstance(error, Exception) else "cancelled"
             self.check_interrupted(got, now, failure)
         elif got.state == CONNECTING and got.is_own_connect:
-            self.connect_failed(got, now, error)
+            if isinstance(error, Exception):
+                self.connect_failed(got, now, error)
+            else:
+                self.attempt_cancelled(got, now)
         elif got.state == CHECKED_OUT:
             self.checkin(got, now)
 
@@ -653,7 +653,7 @@ class Machine:
         elif reason == "forgotten":
             self.books.forgotten += 1
         else:
-            self.books.invalidations += 1
+            self.books.invalidations += slot.reason != "leaked"
             self.books.count_close(slot.reason or "invalidated")
         self.note_peak()
         self._drop(slot)
@@ -853,7 +853,7 @@ class Machine:
             slot.request = request
             request.slot = slot
             self.decisions.append(Wake(request))
-        if lane.queue and self.is_full:
+        if lane.queue and len(self.slots) >= self._limit:
             self._make_room(lane, 1, now)
 
     def starting(self, slot: Slot, now: float) -> bool:
@@ -984,7 +984,16 @@ class Machine:
             self.advance(now)
         self._forget_attempt(slot)
         self._replace_later(slot)
+        if slot.is_own_connect:
+            self._cancel_granted(slot)
         self._grow(now)
+
+    def _cancel_granted(self, slot: Slot) -> None:
+        """End the request of a slot that is being checked or connected."""
+        request, slot.request = slot.request, None
+        self.books.requesting -= 1
+        self.books.cancelled += 1
+        self._record_wait(request, served=False)
 
     def _attempt_ended(self, slot: Slot) -> None:
         self.note_peak()
@@ -1055,8 +1064,7 @@ class Machine:
     def next_tick(self, now: float) -> float:
         """Return when ``tick`` should be called, at the latest; infinity if nothing can be due."""
         config = self.config
-        has_room = len(self.slots) < self._limit or len(self.lanes) > 1
-        if self.waiting and has_room and self.phase == "open":
+        if self.waiting and self.may_grow and self.phase == "open":
             return now + _REPEAT_GROWTH
         is_wanted = any(lane.owed for lane in self.lanes) or (self.is_warm and config.min_size)
         if not self.slots and (self.phase == "closed" or not is_wanted):

@@ -35,9 +35,16 @@ _codes: dict[int, CodeType] = {}
 """Keeps them alive, so that their ids stay their own."""
 
 
-def holder_finder(track: str) -> Callable[[], Holder]:
-    """Return the function that remembers who asks the way ``track`` says."""
-    return {"label": current_label.get, "caller": _first_place, "stack": _whole_stack}[track]
+def holder_finder(track: str, *, is_asyncio: bool = False) -> Callable[[], Holder]:
+    """Return the function that remembers who asks the way ``track`` says.
+
+    It is to be called from ``_do_get``; with ``is_asyncio`` inside a greenlet of SQLAlchemy's.
+    """
+    if track == "label":
+        return current_label.get
+    if is_asyncio:
+        return _asyncio_stack if track == "stack" else _asyncio_place
+    return _whole_stack if track == "stack" else _first_place
 
 
 def _learn(code: CodeType) -> bool:
@@ -61,14 +68,39 @@ def _application_frame(frame: FrameType | None) -> FrameType | None:
 
 
 def _first_place() -> Holder:
-    frame = _application_frame(_caller(_FRAMES_OF_A_CHECKOUT))
+    return _place(_application_frame(_caller(_FRAMES_OF_A_CHECKOUT)))
+
+
+def _asyncio_place() -> Holder:
+    return _place(_application_frame(_caller(1)) or _frame_behind_greenlet())
+
+
+def _whole_stack() -> Holder:
+    return _stack(_application_frame(_caller(_FRAMES_OF_A_CHECKOUT)))
+
+
+def _asyncio_stack() -> Holder:
+    return _stack(_application_frame(_caller(1)) or _frame_behind_greenlet())
+
+
+def _frame_behind_greenlet() -> FrameType | None:
+    """Return the first frame of the application among those that wait for this greenlet."""
+    parent = sys.modules["greenlet"].getcurrent().parent
+    while parent is not None:
+        frame = _application_frame(parent.gr_frame)
+        if frame is not None:
+            return frame
+        parent = parent.parent
+    return None
+
+
+def _place(frame: FrameType | None) -> Holder:
     if frame is None:
         return (current_label.get(), 0, 0)
     return (current_label.get(), id(frame.f_code), frame.f_lasti)
 
 
-def _whole_stack() -> Holder:
-    frame = _application_frame(_caller(_FRAMES_OF_A_CHECKOUT))
+def _stack(frame: FrameType | None) -> Holder:
     places: list[tuple[int, int]] = []
     while frame is not None and len(places) < _MOST_FRAMES:
         code = frame.f_code

@@ -25,7 +25,6 @@ from ..core.slots import (
     CHECKING,
     CLOSING,
     CONNECTING,
-    GONE,
     Close,
     CloseReason,
     Open,
@@ -224,7 +223,7 @@ class Driver(ABC):
         slot: Slot | None = None
         # again if it was queued again, and an earlier grant's wake-up came after it had looked
         while slot is None and request.failure is None:
-            if not machine.is_full or self.config.collect_leaks:
+            if machine.may_grow or self.config.collect_leaks:
                 self._mind_growth()
             deadline = request.deadline
             seconds = None if deadline is None else deadline - self.clock()
@@ -408,9 +407,7 @@ class Driver(ABC):
 
     def _run(self, job: Job, slot: Slot, todo: deque[Decision]) -> None:
         """Run a job in the background, or here where there is no background."""
-        if self._is_inline and self._can_do_here(slot):
-            todo.extend(job(slot))
-        elif not self._start(job, slot):
+        if (self._is_inline and self._can_do_here(slot)) or not self._start(job, slot):
             todo.extend(job(slot))
 
     def _work(self, job: Job, slot: Slot) -> None:
@@ -423,7 +420,7 @@ class Driver(ABC):
     def _connect(self, slot: Slot) -> list[Decision]:
         """Open a connection for a slot, in the background."""
         with self.lock:
-            wanted = self.machine.starting(slot, self.clock())
+            wanted = slot.state == CONNECTING and self.machine.starting(slot, self.clock())
             decisions = self.machine.take_decisions()
         if not wanted:
             return decisions
@@ -533,23 +530,26 @@ class Driver(ABC):
     def _close(self, slot: Slot) -> list[Decision]:
         """Close the connection of a ``closing`` slot."""
         record = slot.resource
+        connection = record.dbapi_connection
         try:
             record.close()
         except BaseException as error:  # noqa: BLE001 - a listener's error must not keep the place
-            self._log_failed_close(record, error)
+            self._close_failed(record, connection, error)
         with self.lock:
             if slot.state == CLOSING:
                 self._let_go(slot)
                 self.machine.closed(slot, self.clock())
             return self.machine.take_decisions()
 
-    def _log_failed_close(self, record: ConnectionPoolEntry, error: BaseException) -> None:
+    def _close_failed(
+        self, record: ConnectionPoolEntry, connection: Any, error: BaseException
+    ) -> None:
+        """See to a connection whose close ended with an exception."""
         pool = self._pool()
         if pool is None:
             return
         pool.logger.error("Exception while a connection was closed", exc_info=error)
-        connection = record.dbapi_connection
-        if connection is not None:
+        if record.dbapi_connection is not None:
             # a listener raised before the connection was reached
             _sqlalchemy.forget_connection(record)
             try:

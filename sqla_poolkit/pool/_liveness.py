@@ -12,21 +12,37 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from ._abandon import native_connection
+
 __all__ = ["Probe", "cut_off", "lay_dead", "probe_for"]
 
 Probe = Callable[[], bool]
 """Answers without a round trip whether the connection looks alive."""
 
-_DRIVERS_WITH_FILENO = ("psycopg2", "psycopg")
+
+def _fileno(native: Any) -> Any:
+    return native.fileno()
+
+
+def _fileno_of_asyncpg(native: Any) -> Any:
+    return native._transport.get_extra_info("socket").fileno()  # noqa: SLF001 - there is no other way
+
+
+_FILENO_OF: dict[str, Callable[[Any], Any]] = {
+    "psycopg2": _fileno,
+    "psycopg": _fileno,
+    "asyncpg": _fileno_of_asyncpg,
+}
 
 
 def _file_descriptor(dbapi_connection: Any) -> int | None:
     """Return the descriptor of the connection's socket, None if the driver does not tell."""
-    module = type(dbapi_connection).__module__.partition(".")[0]
-    if module not in _DRIVERS_WITH_FILENO:
+    native = native_connection(dbapi_connection)
+    find = _FILENO_OF.get(type(native).__module__.partition(".")[0])
+    if find is None:
         return None
     try:
-        descriptor = dbapi_connection.fileno()
+        descriptor = find(native)
     except Exception:  # noqa: BLE001 - each driver has its own error for a closed connection
         return None
     return descriptor if isinstance(descriptor, int) and descriptor >= 0 else None
@@ -43,11 +59,19 @@ def probe_for(dbapi_connection: Any) -> Probe | None:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN | select.POLLPRI)
     poll = poller.poll
+    is_closed = getattr(native_connection(dbapi_connection), "is_closed", None)
+    if is_closed is None:
 
-    def looks_alive() -> bool:
-        return not poll(0)
+        def looks_alive() -> bool:
+            return not poll(0)
 
-    return looks_alive
+        return looks_alive
+
+    # the loop reads for this driver, so the end of the connection may have been read already
+    def is_open() -> bool:
+        return not is_closed() and not poll(0)
+
+    return is_open
 
 
 def cut_off(dbapi_connection: Any) -> bool:

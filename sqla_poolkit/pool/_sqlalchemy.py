@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Hashable, Mapping
 from math import ceil
 from typing import Any, cast
 
-from sqlalchemy import event
+import sqlalchemy
+from sqlalchemy import event, exc
 from sqlalchemy.pool import Pool
 from sqlalchemy.pool import base as _base
 from sqlalchemy.pool.base import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from ..core.slots import Slot
 
@@ -22,18 +27,28 @@ __all__ = [
     "BasePool",
     "ConnectionPoolEntry",
     "Creator",
+    "LoopRecord",
     "PoolProxiedConnection",
     "Record",
+    "allow_terminate",
     "assign_slot",
+    "await_only",
     "connect_arguments",
+    "connection_being_collected",
+    "current_greenlet",
     "forget_connection",
+    "greenlet_spawn",
+    "in_greenlet",
     "is_being_handled",
     "is_referenced",
+    "leaks_on_cancellation",
+    "missing_greenlet",
     "pass_connect_timeout",
     "ping",
     "record_of",
     "refill",
     "release_first_connect",
+    "share_first_connect",
     "slot_of",
 ]
 
@@ -76,6 +91,24 @@ class Record(_base._ConnectionRecord):
 
 
 _AT_ONCE = float("-inf")
+
+
+class LoopRecord(Record):
+    """A record of asyncio, which tells whether it is on its way back."""
+
+    __slots__ = ("is_returning",)
+
+    def __init__(self, pool: Pool) -> None:
+        self.is_returning = False
+        super().__init__(pool)
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        """Return the record; a ``checkin`` listener may wait for something meanwhile."""
+        self.is_returning = True
+        try:
+            super().checkin(_fairy_was_created)
+        finally:
+            self.is_returning = False
 
 
 class BasePool(Pool):
@@ -139,6 +172,79 @@ def release_first_connect(pool: Pool) -> None:
             cast(Any, listeners)._exec_once_mutex = None
 
 
+def share_first_connect(pool: Pool) -> None:
+    """Have the lock of the first connection work for several event loops at a time.
+
+    SQLAlchemy's is an ``asyncio.Lock``, which belongs to the first loop that has to wait for it.
+    """
+    for listeners in (pool.dispatch.first_connect, pool.dispatch.connect):
+        collection = cast(Any, listeners).for_modify(pool.dispatch)
+        if not isinstance(getattr(collection, "_exec_once_mutex", None), _LockOfAnyLoop):
+            collection._exec_once_mutex = _LockOfAnyLoop()
+
+
+class _LockOfAnyLoop:
+    """A lock for tasks of any loop and thread; rarely contended, so waiting is polling."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> bool:
+        while not self._lock.acquire(blocking=False):
+            await_only(asyncio.sleep(0.001))
+        return True
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def current_greenlet() -> Callable[[], Hashable]:
+    """Return the function that returns the present greenlet: a caller of asyncio's."""
+    from greenlet import getcurrent  # late: only asyncio needs it
+
+    return cast(Callable[[], Hashable], getcurrent)
+
+
+def missing_greenlet(name: str) -> exc.MissingGreenlet:
+    """Return the error of a caller who is outside of SQLAlchemy's asyncio classes."""
+    return exc.MissingGreenlet(
+        f"pool {name!r} is for asyncio and was used outside of SQLAlchemy's asyncio classes; write "
+        "'async with engine.connect() as connection' on the AsyncEngine, or hand the function that "
+        "wants a plain connection to 'await connection.run_sync(function)'"
+    )
+
+
+def leaks_on_cancellation() -> bool:
+    """Tell whether this SQLAlchemy loses connections by itself when a task is cancelled."""
+    numbers = []
+    for part in sqlalchemy.__version__.split(".")[:3]:
+        digits = "".join(character for character in part if character.isdigit())
+        numbers.append(int(digits or 0))
+    version = tuple(numbers)
+    return version < (2, 0, 58) or (2, 1) <= version < (2, 1, 9)
+
+
+def allow_terminate(pool: Pool) -> None:
+    """Have SQLAlchemy end dropped connections of every driver, for this pool knows how."""
+    cast(Any, pool)._dialect.has_terminate = True
+
+
+def connection_being_collected() -> Any:
+    """Return the connection that the garbage collector is just now taking from a dropped proxy."""
+    frame: Any = sys._getframe(1)
+    for _ in range(_FRAMES_OF_A_DETACH):
+        if frame is None:
+            return None
+        if frame.f_code is _FINALIZE:
+            return frame.f_locals.get("dbapi_connection")
+        frame = frame.f_back
+    return None
+
+
+# _finalize_fairy -> detach -> _do_return_conn -> take_back
+_FRAMES_OF_A_DETACH = 5
+
+
 def is_referenced(record: ConnectionPoolEntry) -> bool:
     """Tell whether a proxy for this record is alive, so that somebody holds the connection."""
     reference = cast(Any, record).fairy_ref
@@ -198,15 +304,19 @@ def connect_arguments(creator: Creator) -> tuple[tuple[Any, ...], Mapping[str, A
 _CONNECT_TIMEOUT_OF: Mapping[str, str] = {
     "psycopg2": "connect_timeout",
     "psycopg": "connect_timeout",
-    "MySQLdb": "connect_timeout",
+    "psycopg_async": "connect_timeout",
+    "mysqldb": "connect_timeout",
     "pymysql": "connect_timeout",
+    "aiomysql": "connect_timeout",
+    "asyncmy": "connect_timeout",
+    "asyncpg": "timeout",
 }
 
 
 def pass_connect_timeout(pool: Pool, seconds: float) -> None:
     """Pass ``connect_timeout`` to a driver that knows it, unless the user did."""
     dialect = cast(Any, pool._dialect)
-    argument = _CONNECT_TIMEOUT_OF.get(getattr(getattr(dialect, "dbapi", None), "__name__", ""))
+    argument = _CONNECT_TIMEOUT_OF.get(str(getattr(dialect, "driver", "")))
     if argument is None:
         return
     whole_seconds = max(1, ceil(seconds))

@@ -130,7 +130,7 @@ class Managed(QueuePoolNames, BasePool):
         }
         if pre_ping is UNSET:
             arguments["pre_ping"] = kw.get("dialect") is not None
-        make_driver: Callable[[PoolConfig], Driver] = self._driver_class  # type: ignore[assignment]
+        make_driver: Callable[[PoolConfig], Driver] = self._driver_class
         self._driver = make_driver(PoolConfig.from_arguments(arguments))
         lifetime = self._driver.config.max_lifetime
         # SQLAlchemy has its recycle as an integer, but never looks at it here
@@ -174,9 +174,9 @@ class Managed(QueuePoolNames, BasePool):
         holder = driver.find_holder()
         machine = driver.machine
         inbox = driver.inbox
-        lane = driver.lane or driver.find_lane()
         if driver.holds_lock():
             driver.refuse_nested()
+        lane = driver.lane or driver.find_lane()
         with driver.lock:
             if inbox:
                 driver.take_returns()
@@ -233,7 +233,7 @@ class Managed(QueuePoolNames, BasePool):
 
     def _do_get_late(self) -> ConnectionPoolEntry:
         """Serve a caller who still has this pool although it has a successor."""
-        record = type(self)._do_get(self)
+        record = Managed._do_get(self)
         self._driver.lend_late(self, record)
         return record
 

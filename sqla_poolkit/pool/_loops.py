@@ -1,0 +1,303 @@
+"""The edge to asyncio: callers sleep on futures, background work runs in tasks of their loop."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import Coroutine, Hashable
+from contextvars import Context
+from math import inf
+from typing import Any
+
+from ..config import PoolConfig
+from ..core.lanes import Lane
+from ..core.slots import CHECKED_OUT, CLOSING, Slot
+from ..core.snapshot import PoolSnapshot
+from ..errors import PoolMisuse
+from . import _liveness, _sqlalchemy
+from ._abandon import abandon
+from ._callers import describe_holder, holder_finder
+from ._driver import Driver, Job
+
+__all__ = ["LoopDriver"]
+
+
+class LoopDriver(Driver):
+    """A pool for asyncio: a lane per event loop, tasks that connect and close, timers for upkeep.
+
+    A connection belongs to the loop that opened it.  Loops may run in several threads at a time;
+    all that they share is the lock, the limit and the books.
+    """
+
+    def __init__(self, config: PoolConfig) -> None:
+        super().__init__(config, lanes=0, new_parker=_LoopParker)
+        self.find_holder = holder_finder(config.track, is_asyncio=True)
+        self.caller = _sqlalchemy.current_greenlet()
+        self._homes: dict[asyncio.AbstractEventLoop, _Home] = {}
+        self._leaks: deque[Hashable] = deque()
+        """Holders of connections that were dropped unreturned, to be reported by the upkeep."""
+
+    def find_lane(self) -> Lane:
+        """Return the lane of the running loop.
+
+        :raises PoolMisuse: if no loop is running.
+        :raises sqlalchemy.exc.MissingGreenlet: outside of what SQLAlchemy's asyncio classes call.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise PoolMisuse(
+                f"pool {self.config.name!r} is for asyncio and was used where no event loop is "
+                "running; use the engine inside a coroutine (async with engine.connect(), run by "
+                "asyncio.run), or make a second engine for threads with create_engine and "
+                "poolclass=ManagedPool"
+            ) from None
+        if not _sqlalchemy.in_greenlet():
+            raise _sqlalchemy.missing_greenlet(self.config.name)
+        home = self._homes.get(loop)
+        return self._enter(loop) if home is None else home.lane
+
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> Lane:
+        self._forget_closed_loops()
+        with self.lock:
+            home = self._homes.get(loop)
+            if home is None:
+                home = self._homes[loop] = _Home(loop, self)
+                home.lane = self.machine.add_lane(home)
+        return home.lane
+
+    # -- in the background -------------------------------------------------------------------
+
+    def _start(self, job: Job, slot: Slot) -> bool:
+        home: _Home = slot.lane.key
+        if home.loop.is_closed():
+            self._forget_closed_loops()
+        elif slot.state == CLOSING and not home.loop.is_running():
+            # it may never run again
+            self._close_without_its_loop(slot)
+        else:
+            home.spawn(self._work_on_loop(job, slot))
+        return True
+
+    async def _work_on_loop(self, job: Job, slot: Slot) -> None:
+        await _sqlalchemy.greenlet_spawn(self._work, job, slot)
+
+    def _can_do_here(self, slot: Slot) -> bool:
+        home: _Home = slot.lane.key
+        return home.is_running_here() and _sqlalchemy.in_greenlet()
+
+    def _close_failed(self, record: Any, connection: Any, error: BaseException) -> None:
+        if self._is_cancellation(error):
+            abandon(connection)
+        else:
+            super()._close_failed(record, connection, error)
+
+    def _is_cancellation(self, error: BaseException) -> bool:
+        return isinstance(error, asyncio.CancelledError | GeneratorExit)
+
+    def _carry_out_later(self, decisions: Any) -> None:
+        # a task can be started from anywhere, so nothing has to wait for the upkeep
+        self._carry_out(decisions)
+
+    def _close_without_its_loop(self, slot: Slot) -> None:
+        record = slot.resource
+        connection = record.dbapi_connection
+        if connection is not None:
+            _sqlalchemy.forget_connection(record)
+            abandon(connection)
+        self._carry_out(self._close(slot))
+
+    def _cut_off(self, connection: Any) -> None:
+        if not _liveness.cut_off(connection):
+            abandon(connection)
+
+    # -- upkeep ------------------------------------------------------------------------------
+
+    def _mind_growth(self) -> None:
+        if self._is_inline:
+            return
+        due_at = self.machine.next_tick(self.clock())
+        here = asyncio._get_running_loop()  # noqa: SLF001 - get_running_loop raises where none is
+        home = self._homes.get(here) if here is not None else None
+        for each in [home] if home is not None else list(self._homes.values()):
+            if due_at < each.due_at:
+                each.wake_at(due_at)
+
+    def _wake_upkeep(self) -> None:
+        for home in list(self._homes.values()):
+            home.wake_at(-inf)
+
+    def upkeep(self) -> float:
+        """Do what is due; return in how many seconds to come again, infinity for never."""
+        self._forget_closed_loops()
+        while self._leaks:
+            label, caller = describe_holder(self._leaks.popleft())
+            self.current_pool().logger.error(
+                "A connection of pool %r was dropped without being returned, and was cut off; it "
+                "was taken by %s. Close it, or use it in a 'with' block",
+                self.config.name,
+                " at ".join(filter(None, (label, caller))) or "an unnamed caller",
+            )
+        return super().upkeep()
+
+    def _forget_closed_loops(self) -> None:
+        """Let go of connections that nobody can use or close any more: their loop is closed."""
+        closed = [home for loop, home in list(self._homes.items()) if loop.is_closed()]
+        if not closed:
+            return
+        connections = []
+        with self.lock:
+            self.take_returns()
+            for home in closed:
+                if self._homes.pop(home.loop, None) is None:
+                    continue  # another thread was quicker
+                for slot in self.machine.forget_lane(home.lane, self.clock()):
+                    record, slot.resource = slot.resource, None
+                    if record is not None:
+                        _sqlalchemy.assign_slot(record, None)
+                        connections.append(record.dbapi_connection)
+                        _sqlalchemy.forget_connection(record)
+            decisions = self.machine.take_decisions()
+        for connection in connections:
+            if connection is not None:
+                abandon(connection)
+        self._carry_out(decisions)
+
+    def _is_being_handled(self, slot: Slot) -> bool:
+        granted_to = slot.granted_to
+        is_on_its_way = granted_to is not None and not granted_to.is_awake
+        return is_on_its_way or slot.resource.is_returning
+
+    # -- connections that were dropped -------------------------------------------------------
+
+    def take_back(self, record: Any, *, is_detached: bool) -> None:
+        """Put a returned record's slot into the inbox; see to it at once if somebody waits."""
+        slot = _sqlalchemy.slot_of(record)
+        if is_detached and slot is not None and slot.state is CHECKED_OUT:
+            dropped = _sqlalchemy.connection_being_collected()
+            if dropped is not None:
+                # SQLAlchemy would do the same after the place is free, which is a moment too late
+                abandon(dropped)
+                slot.reason = "leaked"
+                self._leaks.append(slot.holder)
+                self._wake_upkeep()
+                is_detached = False
+        super().take_back(record, is_detached=is_detached)
+
+    # -- from the owner of the pool ----------------------------------------------------------
+
+    def snapshot(self) -> PoolSnapshot:
+        """Return one consistent reading."""
+        self._forget_closed_loops()
+        return super().snapshot()
+
+
+class _Home:
+    """One event loop: its lane, its tasks, and the timer of its upkeep."""
+
+    lane: Lane
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, driver: LoopDriver) -> None:
+        self.loop = loop
+        self.due_at = inf
+        self._driver = weakref.ref(driver)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def is_running_here(self) -> bool:
+        """Tell whether this loop is the one that runs in the present thread."""
+        return asyncio._get_running_loop() is self.loop  # noqa: SLF001 - as above
+
+    def _call(self, work: Any, *arguments: Any) -> bool:
+        """Call something on the loop, now or soon; return False if the loop is closed."""
+        if self.is_running_here():
+            work(*arguments)
+            return True
+        try:
+            self.loop.call_soon_threadsafe(work, *arguments)
+        except RuntimeError:
+            return False
+        return True
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the loop, in an empty context."""
+        if not self._call(self._begin, work):
+            work.close()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = Context().run(self.loop.create_task, work)
+        # a loop may end before its tasks do; that is for the next loop to clear up, not to warn of
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001 - as gather does
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def wake_at(self, moment: float) -> None:
+        """Have the upkeep run at this moment of the pool's clock, or soon if that is past."""
+        self._call(self._set_timer, moment)
+
+    def _set_timer(self, moment: float) -> None:
+        driver = self._driver()
+        if driver is None or self.loop.is_closed():
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self.due_at = moment
+        pause = max(0.0, moment - driver.clock())
+        # not from within a task, whose context would stay alive as long as the timer
+        self._timer = self.loop.call_later(pause, self._run, context=Context())
+
+    def _run(self) -> None:
+        self._timer = None
+        self.due_at = inf
+        driver = self._driver()
+        if driver is None:
+            return
+        pause = driver.upkeep()
+        if pause != inf and self.due_at == inf:
+            self._set_timer(driver.clock() + pause)
+
+
+class _LoopParker:
+    """A place where one task sleeps until another, or another thread, wakes it."""
+
+    __slots__ = ("_future", "_loop")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[bool] = self._loop.create_future()
+
+    def park(self, seconds: float | None) -> bool:
+        """Sleep until woken, at most so long; return whether somebody woke us."""
+        woken: bool = _sqlalchemy.await_only(self._sleep(seconds))
+        return woken
+
+    async def _sleep(self, seconds: float | None) -> bool:
+        future = self._future
+        timer = None
+        if seconds is not None and not future.done():
+            timer = self._loop.call_later(max(0.0, seconds), self._settle, future, False)
+        try:
+            return await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._future = self._loop.create_future()
+
+    def unpark(self) -> None:
+        """Wake the sleeper, or the next one who would sleep; twice is as good as once."""
+        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001 - as above
+            self._settle(self._future, True)
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:
+            return  # the loop is closed, and who slept on it is gone
+
+    def _wake(self) -> None:
+        self._settle(self._future, True)
+
+    @staticmethod
+    def _settle(future: asyncio.Future[bool], was_woken: bool) -> None:
+        if not future.done():
+            future.set_result(was_woken)

@@ -1,0 +1,74 @@
+"""AsyncManagedPool: the same pool behind ``create_async_engine``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ArgumentError
+from . import _sqlalchemy
+from ._abandon import abandon
+from ._loops import LoopDriver
+from .managed import Managed
+
+__all__ = ["AsyncManagedPool"]
+
+
+class AsyncManagedPool(Managed):
+    """A fair connection pool for asyncio that keeps honest books.
+
+    Use it as ``create_async_engine(url, poolclass=AsyncManagedPool)``.  Settings, snapshots and
+    promises are those of ``ManagedPool``.  A connection is used on the event loop that opened it;
+    one engine may serve several loops, one after the other or in several threads at a time, within
+    one limit.  Needs SQLAlchemy 2.0.58, or 2.1.9.
+    """
+
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.AsyncManagedPool"
+    _driver_class = LoopDriver
+    _driver: LoopDriver
+    _is_asyncio = True
+
+    def _refuse_the_wrong_kind_of_driver(self) -> None:
+        name = type(self).__name__
+        if getattr(self._dialect, "is_async", True) is False:
+            raise ArgumentError(
+                f"{name} serves asyncio, but the driver "
+                f"{getattr(self._dialect, 'driver', '')!r} is for threads; with create_engine use "
+                "poolclass=ManagedPool, or write create_async_engine and a driver for asyncio "
+                "(asyncpg, psycopg, aiosqlite)"
+            )
+        if _sqlalchemy.leaks_on_cancellation():
+            raise ArgumentError(
+                f"{name} needs SQLAlchemy 2.0.58 or newer, or 2.1.9 or newer: earlier ones lose "
+                "connections when a task is cancelled. Upgrade SQLAlchemy"
+            )
+        _sqlalchemy.allow_terminate(self)
+
+    def new_record(self) -> _sqlalchemy.LoopRecord:
+        """Connect, firing the events of a connect."""
+        _sqlalchemy.share_first_connect(self)
+        return _sqlalchemy.LoopRecord(self)
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        if terminate and not _sqlalchemy.in_greenlet():
+            abandon(connection)  # the garbage collector calls, perhaps in another thread
+        else:
+            super()._close_connection(connection, terminate=terminate)
+
+    async def wait_ready(self, timeout: float | None = 30.0) -> None:
+        """Open ``min_size`` connections and wait until they are.
+
+        :raises PoolTimeout: if they are not within ``timeout`` seconds; the pool goes on trying.
+        """
+        await _sqlalchemy.greenlet_spawn(self._wait_ready, timeout)
+
+    def _wait_ready(self, timeout: float | None) -> None:
+        self._driver.find_lane()
+        self._driver.wait_ready(timeout)
+
+    async def close(self, timeout: float | None = 5.0) -> None:
+        """Close for good: nothing is handed out any more, and callers who wait get ``PoolClosed``.
+
+        Waits for the holders, at most ``timeout`` seconds (None: until they are done), then cuts
+        their connections off.  Unlike ``await engine.dispose()`` this is final.
+        """
+        await _sqlalchemy.greenlet_spawn(self._driver.close, timeout)
