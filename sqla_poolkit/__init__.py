@@ -5,11 +5,12 @@ from .core.snapshot import PoolInterval, PoolSnapshot
 from .errors import PoolClosed, PoolOverloaded, PoolTimeout, PoolUnavailable
 from .pool.managed import ManagedPool
 from .pool.managed_async import AsyncManagedPool
-from .pool.monitored import MonitoredNullPool, MonitoredQueuePool
+from .pool.monitored import AsyncMonitoredQueuePool, MonitoredNullPool, MonitoredQueuePool
 from .pool.reading import snapshot
 
 __all__ = [
     "AsyncManagedPool",
+    "AsyncMonitoredQueuePool",
     "ManagedPool",
     "MonitoredNullPool",
     "MonitoredQueuePool",

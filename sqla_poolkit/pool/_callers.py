@@ -22,6 +22,7 @@ _MOST_FRAMES = 20
 
 # connect -> _ConnectionRecord.checkout -> _do_get -> finder
 _FRAMES_OF_A_CHECKOUT = 4
+_FRAMES_IN_A_GREENLET = 3  # which may begin with connect
 _caller = sys._getframe  # noqa: SLF001 - inspect.currentframe would have to climb frame by frame
 
 Holder = Hashable
@@ -72,7 +73,7 @@ def _first_place() -> Holder:
 
 
 def _asyncio_place() -> Holder:
-    return _place(_application_frame(_caller(1)) or _frame_behind_greenlet())
+    return _place(_application_frame(_caller(_FRAMES_IN_A_GREENLET)) or _frame_behind_greenlet())
 
 
 def _whole_stack() -> Holder:
@@ -80,7 +81,7 @@ def _whole_stack() -> Holder:
 
 
 def _asyncio_stack() -> Holder:
-    return _stack(_application_frame(_caller(1)) or _frame_behind_greenlet())
+    return _stack(_application_frame(_caller(_FRAMES_IN_A_GREENLET)) or _frame_behind_greenlet())
 
 
 def _frame_behind_greenlet() -> FrameType | None:

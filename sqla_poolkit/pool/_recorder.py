@@ -32,10 +32,10 @@ class Recorder:
     garbage collector may return a connection in the middle of an entry.
     """
 
-    def __init__(self, track: Track) -> None:
+    def __init__(self, track: Track, *, is_asyncio: bool) -> None:
         self.name = "pool"
         self.track = track
-        self.find_holder = holder_finder(track)
+        self.find_holder = holder_finder(track, is_asyncio=is_asyncio)
         self._lock = _sync.RLock()
         self._is_writing = _sync.ownership_of(self._lock)
         self._clock = _sync.monotonic

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, cast
 
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
 from sqlalchemy.util import queue as queues
 
 from ..config import UNSET, PoolConfig
@@ -18,26 +18,22 @@ from ._names import unique_name
 from ._recorder import Recorder
 from ._sqlalchemy import ConnectionPoolEntry, Creator, PoolProxiedConnection
 
-__all__ = ["MonitoredNullPool", "MonitoredQueuePool"]
+__all__ = ["AsyncMonitoredQueuePool", "MonitoredNullPool", "MonitoredQueuePool"]
 
-
-class _Here(threading.local):
-    """What the present thread is doing in a pool."""
-
-    request: int | None = None
-    closing: CloseReason | None = None
+# What the present thread or task is doing in a pool.
+_request: ContextVar[int | None] = ContextVar("sqla_poolkit_request", default=None)
+_closing: ContextVar[CloseReason | None] = ContextVar("sqla_poolkit_closing", default=None)
 
 
 class _Monitored:
     """Tells a recorder what a pool does; goes before one of SQLAlchemy's pool classes."""
 
     _recorder: Recorder
-    _here: _Here
 
     def _begin_recording(self, track: Any) -> None:
         given = {} if track is UNSET else {"track": track}
-        self._recorder = Recorder(PoolConfig.from_arguments(given).track)
-        self._here = _Here()
+        is_asyncio = getattr(type(self), "_is_asyncio", None) is True
+        self._recorder = Recorder(PoolConfig.from_arguments(given).track, is_asyncio=is_asyncio)
         start_over_after_fork(self._recorder)
 
     def _name_recording(self, pool_name: str | None) -> None:
@@ -50,36 +46,40 @@ class _Monitored:
 
     def connect(self) -> PoolProxiedConnection:
         """Return a connection from the pool, as ``Engine.raw_connection`` does."""
-        recorder, here = self._recorder, self._here
+        recorder = self._recorder
         with recorder.request() as request:
-            outer, here.request = here.request, request
+            token = _request.set(request)
             try:
                 proxy: Any = super().connect()  # type: ignore[misc]
             finally:
-                here.request = outer
+                _request.reset(token)
             recorder.note(recorder.ledger.served, request, _sqlalchemy.record_of(proxy))
         return cast(PoolProxiedConnection, proxy)
 
     def _do_get(self) -> ConnectionPoolEntry:
         # QueuePool's calls itself when it loses a race; what it returns is noted once all the same
         record: ConnectionPoolEntry = super()._do_get()  # type: ignore[misc]
-        if self._here.request is not None:
-            self._recorder.note(self._recorder.ledger.taken, self._here.request, record)
+        request = _request.get()
+        if request is not None:
+            self._recorder.note(self._recorder.ledger.taken, request, record)
         return record
 
     def _return_conn(self, record: ConnectionPoolEntry) -> None:
         self._recorder.note(self._recorder.ledger.returned, record)
-        here = self._here
-        outer, here.closing = here.closing, "overflow"
+        token = _closing.set("overflow")
         try:
             super()._do_return_conn(record)  # type: ignore[misc]
         finally:
-            here.closing = outer
+            _closing.reset(token)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # checkins come through _return_conn; only a proxy that detaches itself calls this one
         recorder = self._recorder
-        recorder.note(recorder.ledger.detached_from, record)
+        dropped = _sqlalchemy.connection_being_collected()
+        if dropped is None:
+            recorder.note(recorder.ledger.detached_from, record)
+        else:
+            recorder.note(recorder.ledger.closed, id(dropped), "leaked")
         recorder.note(recorder.ledger.returned, record)
         super()._do_return_conn(record)  # type: ignore[misc]
 
@@ -103,7 +103,7 @@ class _Monitored:
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         recorder = self._recorder
-        reason = self._here.closing or self._reason_to_close(connection, terminate=terminate)
+        reason = _closing.get() or self._reason_to_close(connection, terminate=terminate)
         recorder.note(recorder.ledger.close_began, id(connection))
         try:
             super()._close_connection(connection, terminate=terminate)  # type: ignore[misc]
@@ -120,12 +120,11 @@ class _Monitored:
 
     def dispose(self) -> None:
         """Close the idle connections; the pool goes on."""
-        here = self._here
-        outer, here.closing = here.closing, "disposed"
+        token = _closing.set("disposed")
         try:
             super().dispose()  # type: ignore[misc]
         finally:
-            here.closing = outer
+            _closing.reset(token)
 
     def recreate(self) -> Any:
         """Return a pool that takes this one's place: same settings, name and totals."""
@@ -153,20 +152,29 @@ class _Monitored:
         )
 
 
-class _MeasuredQueue(queues.Queue[ConnectionPoolEntry]):
-    """QueuePool's queue, which notes who has to wait."""
+class _Measured:
+    """Notes who has to wait for a queue; goes before the queue of one of SQLAlchemy's pools."""
 
     pool: MonitoredQueuePool
 
     def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
+        take: Callable[..., ConnectionPoolEntry] = super().get  # type: ignore[misc]
         if not block:
-            return super().get(False)
+            return take(False)
         try:
-            return super().get(False)
+            return take(False)
         except queues.Empty:
             pass
         with self.pool.waiting():
-            return super().get(True, timeout)
+            return take(True, timeout)
+
+
+class _MeasuredQueue(_Measured, queues.Queue[ConnectionPoolEntry]):
+    """The queue of threads."""
+
+
+class _MeasuredAsyncQueue(_Measured, queues.AsyncAdaptedQueue[ConnectionPoolEntry]):
+    """The queue of tasks."""
 
 
 class MonitoredQueuePool(_Monitored, QueuePool):
@@ -197,12 +205,12 @@ class MonitoredQueuePool(_Monitored, QueuePool):
     ) -> None:
         self._begin_recording(track)
         super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)
-        cast(_MeasuredQueue, self._pool).pool = self
+        cast(_Measured, self._pool).pool = self
         self._name_recording(pool_name)
 
     def waiting(self) -> Any:
         """Note that the present caller waits while the block runs."""
-        return self._recorder.waiting(self._here.request)
+        return self._recorder.waiting(_request.get())
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -216,6 +224,16 @@ class MonitoredQueuePool(_Monitored, QueuePool):
 
     def _limit(self) -> int | None:
         return None if self._max_overflow == -1 else self.size() + self._max_overflow
+
+
+class AsyncMonitoredQueuePool(MonitoredQueuePool, AsyncAdaptedQueuePool):
+    """SQLAlchemy's AsyncAdaptedQueuePool, measured; see ``MonitoredQueuePool``.
+
+    Use it as ``create_async_engine(url, poolclass=AsyncMonitoredQueuePool)``.
+    """
+
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.AsyncMonitoredQueuePool"
+    _queue_class = _MeasuredAsyncQueue  # type: ignore[assignment]
 
 
 class MonitoredNullPool(_Monitored, NullPool):

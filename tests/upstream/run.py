@@ -1,6 +1,8 @@
-"""Run the pool tests of SQLAlchemy's own suite with our pool in QueuePool's place.
+"""Run the pool tests of SQLAlchemy's own suite with our pools in QueuePool's place.
 
-The tests come with SQLAlchemy's source, which is downloaded; nothing of it is changed.
+``threads`` runs what builds engines and pools, ``asyncio`` the tests of asyncio on aiosqlite, and
+``postgresql`` those that cancel tasks, on asyncpg and a real server.  The tests come with
+SQLAlchemy's source, which is downloaded; nothing of it is changed.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import sys
 import tarfile
 import time
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -22,7 +26,7 @@ ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "upstream"
 
 # Everything in the suite that builds engines and pools.
-TESTS = (
+THREADS = (
     "test/engine/test_pool.py",
     "test/engine/test_reconnect.py",
     "test/engine/test_execute.py",
@@ -33,8 +37,31 @@ TESTS = (
     "test/aaa_profiling/test_threading.py",
     "test/ext/test_horizontal_shard.py",
 )
+ASYNCIO = ("test/ext/asyncio", "test/engine/test_pool.py", "test/engine/test_reconnect.py")
+CANCELLATION = (
+    "test/ext/asyncio/test_cancellation.py",
+    "test/ext/asyncio/test_engine.py",
+    "test/engine/test_reconnect.py",
+)
 MOST_DIFFERENCES = 12
-FEWEST_POOLS = 100
+FEWEST_POOLS = 20
+
+# What the suite expects of a PostgreSQL server.
+PREPARE = """
+import asyncio, sys, asyncpg
+
+async def prepare(url):
+    for address, sql in (
+        (url, "CREATE ROLE scott SUPERUSER LOGIN"),
+        (url, "CREATE DATABASE test OWNER scott"),
+        (url.rpartition("/")[0] + "/test", "CREATE SCHEMA test_schema AUTHORIZATION scott"),
+    ):
+        connection = await asyncpg.connect(address)
+        await connection.execute(sql)
+        await connection.close()
+
+asyncio.run(prepare(sys.argv[1]))
+"""
 
 
 class Outcome(NamedTuple):
@@ -50,7 +77,8 @@ def main() -> int:
     python = environment(folder)
     version, suite = download(options.sqlalchemy, folder, python)
     began = time.monotonic()
-    code, built = run(python, suite, folder, options)
+    with database(options.kind, python) as arguments:
+        code, built = run(python, suite, folder, options, arguments)
     outcome = read(options.junitxml)
     complaints = [
         complaint
@@ -63,7 +91,7 @@ def main() -> int:
         if is_so
     ]
     print(
-        f"SQLAlchemy {version} with {options.pool}: {outcome.passed} passed,"
+        f"SQLAlchemy {version} {options.kind}: {outcome.passed} passed,"
         f" {outcome.failed} failed, {outcome.differing} expected to differ,"
         f" {outcome.skipped} skipped; {built} pools built; {time.monotonic() - began:.0f} s"
         + "".join(f"; {complaint}" for complaint in complaints)
@@ -80,10 +108,19 @@ def parse() -> argparse.Namespace:
         help="2.1.9, say, or 2.1 for the newest of 2.1 (default: %(default)s)",
     )
     parser.add_argument(
+        "--kind", default="threads", choices=("threads", "asyncio", "postgresql"), help="see above"
+    )
+    parser.add_argument(
         "--pool",
         default="sqla_poolkit:ManagedPool",
         metavar="MODULE:CLASS",
         help="what takes QueuePool's place (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--async-pool",
+        default="sqla_poolkit:AsyncManagedPool",
+        metavar="MODULE:CLASS",
+        help="what takes AsyncAdaptedQueuePool's place (default: %(default)s)",
     )
     parser.add_argument("--junitxml", type=Path, metavar="FILE", help="where the results go")
     # Several are faster, but tests that find other tests' leftovers then fail now and then.
@@ -91,7 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
     options = parser.parse_args()
     if options.junitxml is None:
-        options.junitxml = CACHE / options.sqlalchemy / "report.xml"
+        options.junitxml = CACHE / options.sqlalchemy / f"{options.kind}.xml"
     options.junitxml = options.junitxml.absolute()
     return options
 
@@ -120,25 +157,51 @@ def download(wanted: str, folder: Path, python: Path) -> tuple[str, Path]:
     suite = sources / archive.name.removesuffix(".tar.gz")
     version = suite.name.rpartition("-")[2]
     # The suite does not know pytest 9.
-    pip(python, "install", f"sqlalchemy[asyncio]=={version}", "pytest<9", "pytest-xdist")
+    drivers = ("aiosqlite", "asyncpg")
+    pip(python, "install", f"sqlalchemy[asyncio]=={version}", "pytest<9", "pytest-xdist", *drivers)
     return version, suite
+
+
+@contextmanager
+def database(kind: str, python: Path) -> Iterator[tuple[str, ...]]:
+    """Yield pytest's arguments for the database; a server runs as long as it is needed."""
+    if kind != "postgresql":
+        # SQLite in memory has no QueuePool.
+        yield ("--db", "sqlite_file" if kind == "threads" else "aiosqlite_file")
+        return
+    sys.path.insert(0, str(ROOT))
+    from tests.servers import PostgresServer
+
+    with PostgresServer() as server:
+        plain = server.url().replace("postgresql+psycopg2", "postgresql")
+        subprocess.run([python, "-c", PREPARE, plain], check=True)
+        yield ("--dburi", f"postgresql+asyncpg://scott@127.0.0.1:{server.port}/test")
 
 
 def pip(python: Path, *arguments: str) -> None:
     subprocess.run([python, "-m", "pip", "-qq", *arguments], check=True)
 
 
-def run(python: Path, suite: Path, folder: Path, options: argparse.Namespace) -> tuple[int, int]:
+def run(
+    python: Path,
+    suite: Path,
+    folder: Path,
+    options: argparse.Namespace,
+    arguments: tuple[str, ...],
+) -> tuple[int, int]:
     """Run the suite; return pytest's exit code and the number of pools built."""
-    built = folder / "built.txt"
+    built = folder / f"built-{options.kind}.txt"
     for old in (built, options.junitxml):
         old.unlink(missing_ok=True)
     path = (str(HERE), str(ROOT), os.environ.get("PYTHONPATH"))
-    # --db: SQLite in memory has no QueuePool.
+    tests = {"threads": THREADS, "asyncio": ASYNCIO, "postgresql": CANCELLATION}[options.kind]
+    concurrency = sorted(suite.glob("test/base/test_concurrency*.py"))
+    if options.kind == "asyncio":
+        tests = (*tests, *(str(path.relative_to(suite)) for path in concurrency))
     done = subprocess.run(
         [
-            *(python, "-m", "pytest", "-p", "substitute", *TESTS),
-            *("--db", "sqlite_file", "-q", "-rN", "-rfE", "-p", "no:logging", "-n", options.n),
+            *(python, "-m", "pytest", "-p", "substitute", *tests),
+            *(*arguments, "-q", "-rN", "-rfE", "-p", "no:logging", "-n", options.n),
             *(f"--junitxml={options.junitxml}", *options.pytest),
         ],
         cwd=suite,
@@ -148,7 +211,8 @@ def run(python: Path, suite: Path, folder: Path, options: argparse.Namespace) ->
             "PYTHONNOUSERSITE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "SQLA_QUEUEPOOL": options.pool,
-            "SQLA_EXPECTED_DIFFERENCES": str(HERE / "expected_differences.txt"),
+            "SQLA_ASYNCQUEUEPOOL": options.async_pool,
+            "SQLA_EXPECTED_DIFFERENCES": str(HERE / f"expected_differences_{options.kind}.txt"),
             "SQLA_BUILT": str(built),
         },
         check=False,

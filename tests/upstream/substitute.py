@@ -1,8 +1,9 @@
-"""A pytest plugin: SQLAlchemy's own tests with another class in QueuePool's place.
+"""A pytest plugin: SQLAlchemy's own tests with other classes in its pools' places.
 
 ``sqlalchemy.QueuePool`` and ``sqlalchemy.pool.QueuePool`` become the class named by
-``SQLA_QUEUEPOOL`` (``module:Class``); the dialects, the engine and the tests look it up there, by
-name, when they need it.  ``sqlalchemy.pool.impl.QueuePool`` stays, for classes derived from it.
+``SQLA_QUEUEPOOL`` (``module:Class``), ``AsyncAdaptedQueuePool`` that of ``SQLA_ASYNCQUEUEPOOL``; the
+dialects, the engine and the tests look them up there, by name, when they need them.
+``sqlalchemy.pool.impl`` stays as it is, for classes derived from those in it.
 
 ``SQLA_EXPECTED_DIFFERENCES`` names a file of ``end of a test's id  # reason``: these tests must
 fail.  Each process adds a line to the file ``SQLA_BUILT``: how many pools it built of the class.
@@ -30,12 +31,16 @@ def pytest_configure() -> None:
     import sqlalchemy
     from sqlalchemy.testing import engines, requirements
 
-    module, _, name = os.environ["SQLA_QUEUEPOOL"].partition(":")
-    substitute = getattr(importlib.import_module(module), name)
-    _count_instances(substitute)
-    sqlalchemy.QueuePool = sqlalchemy.pool.QueuePool = substitute
+    classes = []
+    for name in ("QueuePool", "AsyncAdaptedQueuePool"):
+        module, _, attribute = os.environ[f"SQLA_{name.replace('Adapted', '').upper()}"].partition(":")
+        substitute = getattr(importlib.import_module(module), attribute)
+        _count_instances(substitute)
+        for home in (sqlalchemy, sqlalchemy.pool):
+            setattr(home, name, substitute)
+        classes.append(substitute)
     # Both modules ask isinstance(pool, QueuePool), also of engines for asyncio.
-    either = (substitute, sqlalchemy.pool.AsyncAdaptedQueuePool)
+    either = tuple(classes)
     requirements.QueuePool = either
     engines.pool = SimpleNamespace(QueuePool=either, base=sqlalchemy.pool.base)
 
