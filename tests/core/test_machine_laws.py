@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 from sqla_poolkit.config import PoolConfig
+from sqla_poolkit.core.lanes import Lane
 from sqla_poolkit.core.machine import Machine
 from sqla_poolkit.core.slots import Close, Open, Request, Slot
 from sqla_poolkit.core.snapshot import PoolSnapshot, read_machine
@@ -94,6 +95,7 @@ class Caller:
     asked_at: float
     deadline: float
     has_listeners: bool
+    lane: Lane
     request: Request | None = None
     slot: Slot | None = None
     stage: str = "asking"
@@ -150,12 +152,18 @@ def assert_it_adds_up(snapshot: PoolSnapshot) -> None:
 
 
 class PoolLaws(RuleBasedStateMachine):
-    @initialize(config=configs(), chance=st.sampled_from([0.0, 0.5, 0.9]), rushed=st.booleans())
-    def set_up(self, config: PoolConfig, chance: float, rushed: bool) -> None:
+    @initialize(
+        config=configs(),
+        chance=st.sampled_from([0.0, 0.5, 0.9]),
+        rushed=st.booleans(),
+        lanes=st.sampled_from([1, 1, 2, 3]),
+    )
+    def set_up(self, config: PoolConfig, chance: float, rushed: bool, lanes: int) -> None:
         self.now = 1024.0
         self.chance = chance
         self.config = config
-        self.machine = Machine(config, self.now, lambda: chance)
+        self.machine = Machine(config, self.now, lambda: chance, lanes=lanes)
+        self.lanes = list(self.machine.lanes)
         self.phase = "open"
         self.is_rushed = rushed
         self.numbers = count(1)
@@ -190,6 +198,9 @@ class PoolLaws(RuleBasedStateMachine):
         return [
             slot for slot in self.connections if slot not in self.users and slot not in self.closing
         ]
+
+    def queue_of(self, lane: Lane) -> list[Caller]:
+        return [caller for caller in self.queue if caller.lane is lane]
 
     def states(self) -> dict[Slot, str]:
         """Return where every slot is."""
@@ -238,6 +249,9 @@ class PoolLaws(RuleBasedStateMachine):
         assert slot not in self.closing, "a connection is closed twice"
         self.closing[slot] = slot.reason
         assert self.is_justified(self.connections[slot], slot.reason)
+        if slot.reason == "loop":
+            assert len(self.attempts) + len(self.connections) >= self.limit
+            assert any(caller.lane is not slot.lane for caller in self.queue)
 
     def is_justified(self, connection: Connection, reason: str) -> bool:
         """Tell whether a policy really asked for what was closed because of it."""
@@ -257,7 +271,8 @@ class PoolLaws(RuleBasedStateMachine):
     def wake(self, request: Request) -> None:
         caller = self.asking[request]
         assert caller.stage == "waiting", "a caller is woken who does not wait"
-        assert caller is self.queue[0], "a caller is served before somebody who came first"
+        first = self.queue_of(caller.lane)[0]
+        assert caller is first, "a caller is served before somebody who came first"
         self.leave_queue(caller)
         if request.slot is not None:
             assert request.failure is None
@@ -274,6 +289,7 @@ class PoolLaws(RuleBasedStateMachine):
     def hand_out(self, slot: Slot, caller: Caller) -> None:
         """Note who has a slot from now on, and hold that against the laws."""
         assert slot not in self.users, "a slot has two holders"
+        assert slot.lane is caller.lane, "a connection is used in another lane than its own"
         assert slot not in self.closing
         caller.slot = slot
         self.users[slot] = caller
@@ -344,18 +360,25 @@ class PoolLaws(RuleBasedStateMachine):
 
     # -- callers ask -------------------------------------------------------------------------
 
-    @rule(late=st.sampled_from([0.0, 0.0, MOMENT]), label=LABELS, has_listeners=st.booleans())
-    def ask(self, late: float, label: str | None, has_listeners: bool) -> None:
-        self.make_caller(self.now - late, label, has_listeners)
+    @rule(
+        late=st.sampled_from([0.0, 0.0, MOMENT]),
+        label=LABELS,
+        has_listeners=st.booleans(),
+        lane=PICK,
+    )
+    def ask(self, late: float, label: str | None, has_listeners: bool, lane: int) -> None:
+        self.make_caller(self.now - late, label, has_listeners, chosen(self.lanes, lane))
 
-    def make_caller(self, asked_at: float, label: str | None, has_listeners: bool) -> Caller:
+    def make_caller(
+        self, asked_at: float, label: str | None, has_listeners: bool, lane: Lane
+    ) -> Caller:
         timeout = self.config.timeout
         deadline = inf if timeout is None else asked_at + timeout
-        caller = Caller(next(self.numbers), label, asked_at, deadline, has_listeners)
+        caller = Caller(next(self.numbers), label, asked_at, deadline, has_listeners, lane)
         self.callers.append(caller)
         self.expected.counters["requests"] += 1
         answer = self.expected_answer(caller)
-        got = self.machine.checkout(asked_at, self.now, label, self.machine.lanes[0])
+        got = self.machine.checkout(asked_at, self.now, label, lane)
         self.receive(caller, got, answer)
         return caller
 
@@ -365,10 +388,13 @@ class PoolLaws(RuleBasedStateMachine):
             return "closed"
         config = self.config
         is_first = self.phase == "open"
-        is_first = is_first and all(other.number > caller.number for other in self.queue)
+        rivals = self.queue_of(caller.lane)
+        is_first = is_first and all(other.number > caller.number for other in rivals)
         lifetime = config.max_lifetime or inf
         if is_first and any(
-            self.now - self.connections[slot].opened_at < lifetime for slot in self.idle
+            self.now - self.connections[slot].opened_at < lifetime
+            for slot in self.idle
+            if slot.lane is caller.lane
         ):
             return "idle"
         has_room = len(self.attempts) + len(self.connections) < self.limit
@@ -540,11 +566,12 @@ class PoolLaws(RuleBasedStateMachine):
         self.expected.row(caller.label).use_seconds += used
         counters["failed"] += not caller.is_served
         counters["detached"] += reason == "detached"
+        counters["forgotten"] += reason == "forgotten"
         if reason == "lost":
             counters["invalidations"] += 1
             self.expected.closes[slot.reason or "invalidated"] += 1
             connection.closes += 1
-        if reason in ("lost", "detached"):
+        if reason in ("lost", "detached", "forgotten"):
             del self.connections[slot]
         connection.used_at = ends_at
         connection.has_been_used = True
@@ -559,7 +586,7 @@ class PoolLaws(RuleBasedStateMachine):
         caller = chosen(self.at("holding"), pick)
         returned_at = self.now
         self.pass_time(MOMENT)
-        newcomer = self.make_caller(self.now, label, False)
+        newcomer = self.make_caller(self.now, label, False, caller.lane)
         is_noted = newcomer.stage == "waiting" or not self.queue
         self.return_slot(caller, returned_at if is_noted else self.now)
 
@@ -593,7 +620,7 @@ class PoolLaws(RuleBasedStateMachine):
     def start_attempt(self, pick: int) -> None:
         slot = chosen(self.ordered(), pick)
         is_unwanted = slot.reason is not None
-        is_for_nobody = slot.purpose == "demand" and not self.queue
+        is_for_nobody = slot.purpose == "demand" and not self.queue_of(slot.lane)
         if self.machine.starting(slot, self.now):
             assert not is_unwanted, "an attempt begins that nobody wants"
             assert not is_for_nobody, "an attempt begins whose demand is gone"
@@ -647,9 +674,11 @@ class PoolLaws(RuleBasedStateMachine):
             self.machine.abandon(slot, self.now, error)
             self.carry_on()
             return
-        is_empty = len(self.connections) == len(self.closing)
-        if self.queue and is_empty and self.in_turn < len(self.queue):
-            head = self.queue[0]
+        is_empty = not any(s.lane is slot.lane for s in self.connections if s not in self.closing)
+        queue = self.queue_of(slot.lane)
+        in_turn = sum(a.is_in_turn for s, a in self.attempts.items() if s.lane is slot.lane)
+        if queue and is_empty and in_turn < len(queue):
+            head = queue[0]
             self.failing_with = ("failed", error)
         self.machine.connect_failed(slot, self.now, error)
         self.carry_on()
@@ -742,6 +771,37 @@ class PoolLaws(RuleBasedStateMachine):
         self.machine.close(self.now)
         self.carry_on()
 
+    # -- event loops -------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.lanes) < 3)
+    @rule()
+    def add_lane(self) -> None:
+        self.lanes.append(self.machine.add_lane())
+
+    @precondition(lambda self: len(self.lanes) > 1)
+    @rule(pick=PICK)
+    def forget_lane(self, pick: int) -> None:
+        """Let an event loop be closed, with all who are on it."""
+        lane = chosen(self.lanes, pick)
+        self.lanes.remove(lane)
+        for caller in [caller for caller in self.callers if caller.lane is lane]:
+            slot = caller.slot
+            if slot in self.connections and slot not in self.checking:
+                self.note_return(caller, self.now, "forgotten")
+            else:
+                if caller.stage == "waiting":
+                    self.leave_queue(caller)
+                self.checking.discard(slot)
+                self.end(caller, "cancelled")
+        slots = [slot for slot in self.machine.slots if slot.lane is lane]
+        for slot in slots:
+            self.attempts.pop(slot, None)
+            self.closing.pop(slot, None)
+            self.expected.counters["forgotten"] += self.connections.pop(slot, None) is not None
+        assert self.machine.forget_lane(lane, self.now) == slots
+        assert {slot.state for slot in slots} <= {"gone"}
+        self.carry_on()
+
     # -- the laws ----------------------------------------------------------------------------
 
     @invariant()
@@ -798,7 +858,9 @@ class PoolLaws(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_beside_an_idle_connection(self) -> None:
-        assert not (self.queue and self.idle) or self.phase == "paused"
+        for lane in self.lanes:
+            is_idle = any(slot.lane is lane for slot in self.idle)
+            assert not (self.queue_of(lane) and is_idle) or self.phase == "paused"
         if self.phase == "closed":
             assert (self.queue, self.idle) == ([], [])
 
@@ -810,6 +872,17 @@ class PoolLaws(RuleBasedStateMachine):
         if self.queue and has_room and self.phase == "open" and not holds_back:
             assert self.attempts
             assert self.in_turn
+
+    @invariant()
+    def nobody_waits_with_nothing_while_another_lane_has_idle_connections(self) -> None:
+        """A full pool makes room for a lane that has no connection at all."""
+        is_held_up = self.in_turn >= self.config.max_connecting
+        if self.backs_off_until > self.ticked_at or self.phase != "open" or is_held_up:
+            return
+        makes_room = len(self.machine.slots) < self.limit or "loop" in self.closing.values()
+        for lane in self.lanes:
+            if self.queue_of(lane) and not any(slot.lane is lane for slot in self.states()):
+                assert makes_room or not self.idle
 
     @invariant()
     def somebody_answers_for_every_wait(self) -> None:
@@ -902,7 +975,8 @@ class PoolLaws(RuleBasedStateMachine):
         interval = later - earlier
         ended = sum(getattr(interval, outcome) for outcome in OUTCOMES)
         assert interval.requests == ended + later.requesting - earlier.requesting
-        left = interval.connects - sum(interval.closes.values()) - interval.detached
+        left = interval.connects - sum(interval.closes.values())
+        left -= interval.detached + interval.forgotten
         assert left == later.open + later.closing - earlier.open - earlier.closing
         waited = (
             interval.wait_time.sum_seconds
@@ -933,7 +1007,7 @@ class PoolLaws(RuleBasedStateMachine):
         self.read()
         assert (len(self.machine.slots), self.machine.books.requesting) == (0, 0)
         assert self.machine.next_tick(self.now) == inf
-        kept = self.expected.counters["detached"]
+        kept = self.expected.counters["detached"] + self.expected.counters["forgotten"]
         assert Counter(c.closes for c in self.ever_opened) == Counter(
             {0: kept, 1: len(self.ever_opened) - kept}
         )
