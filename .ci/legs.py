@@ -46,7 +46,12 @@ class Leg:
 
     @property
     def report(self) -> Path:
+        """Where a command writes how its tests ended; further ones write beside it."""
         return self.folder / "report.xml"
+
+    @property
+    def reports(self) -> list[Path]:
+        return sorted(self.folder.glob("*.xml"))
 
     def run(self) -> None:
         """Run the commands; print how they ended, and on failure the end of what they printed."""
@@ -85,8 +90,8 @@ class Leg:
     def counts(self) -> tuple[int, int]:
         """Count the tests that passed and that failed; a leg broken otherwise is one failure."""
         passed = failed = 0
-        if self.report.exists():
-            for case in ElementTree.parse(self.report).iter("testcase"):
+        for report in self.reports:
+            for case in ElementTree.parse(report).iter("testcase"):
                 ends = {element.tag for element in case}
                 failed += bool(ends & {"failure", "error"})
                 passed += not ends & {"failure", "error", "skipped"}
@@ -94,7 +99,7 @@ class Leg:
 
     def __str__(self) -> str:
         passed, failed = self.counts()
-        tests = f"{passed:6} passed {failed:4} failed" if self.report.exists() else ""
+        tests = f"{passed:6} passed {failed:4} failed" if self.reports else ""
         return f"{'ok' if self.is_ok else 'FAILED':8}{self.seconds:6.0f} s  {self.name:28}{tests}"
 
 
@@ -218,8 +223,15 @@ def upstream(pythons: dict[str, str]) -> Iterator[Leg]:
     for sqlalchemy in SQLALCHEMYS:
         if fits(version, sqlalchemy):
             leg = Leg(f"upstream {sqlalchemy}", [])
-            options = ["--sqlalchemy", sqlalchemy, f"--junitxml={leg.report}"]
-            leg.commands = [[pythons[version], "tests/upstream/run.py", *options]]
+            suite = [pythons[version], "tests/upstream/run.py", "--sqlalchemy", sqlalchemy]
+            leg.commands = [
+                [*suite, "--kind", kind, f"--junitxml={leg.folder / kind}.xml", *options]
+                for kind, *options in (
+                    ["threads"],
+                    ["asyncio", "--as-fetched"],
+                    ["postgresql", "--as-fetched"],
+                )
+            ]
             yield leg
 
 

@@ -281,7 +281,7 @@ class Driver(ABC):
         """See whether the connection of a ``checking`` slot is alive."""
         machine = self.machine
         record = slot.resource
-        probe: _liveness.Probe | None = record.info.get(_PROBE)
+        probe: _liveness.Probe | None = record.probe
         stale: CloseReason | None = None
         pinged = False
         if probe is None or slot.needs_ping or not probe():
@@ -512,9 +512,6 @@ class Driver(ABC):
                 f"the creator of pool {self.config.name!r} returned None; "
                 "it must return a DBAPI connection or raise"
             )
-        probe = _liveness.probe_for(record.dbapi_connection)
-        if probe is not None:
-            record.info[_PROBE] = probe
         return record
 
     def _take_spare(self) -> ConnectionPoolEntry | None:
@@ -788,8 +785,6 @@ class Driver(ABC):
         for pool in filter(None, (reference() for reference in pools)):
             _sqlalchemy.release_first_connect(pool)
 
-
-_PROBE = "sqla_poolkit.probe"
 
 _graveyard: list[Any] = []
 """The parent's connections in a forked child: to close or finalize them would be to talk."""

@@ -24,6 +24,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from ..core.slots import Slot
 
 __all__ = [
+    "DIALECT_OF_ASYNCIO",
     "BasePool",
     "ConnectionPoolEntry",
     "Creator",
@@ -58,12 +59,14 @@ Creator = Callable[..., Any]
 class Record(_base._ConnectionRecord):
     """A record that knows which slot of the pool it fills."""
 
-    __slots__ = ("home", "slot")
+    __slots__ = ("home", "probe", "slot")
 
     slot: Slot | None
 
     def __init__(self, pool: Pool) -> None:
         self.slot = None
+        self.probe: Callable[[], bool] | None = None
+        """Tells without a round trip whether the present connection looks alive."""
         self.home = pool
         super().__init__(pool)
 
@@ -224,6 +227,10 @@ def leaks_on_cancellation() -> bool:
     return version < (2, 0, 58) or (2, 1) <= version < (2, 1, 9)
 
 
+DIALECT_OF_ASYNCIO: Any = _base._AsyncConnDialect()
+"""Stands in for the dialect of a pool that was made without one."""
+
+
 def allow_terminate(pool: Pool) -> None:
     """Have SQLAlchemy end dropped connections of every driver, for this pool knows how."""
     cast(Any, pool)._dialect.has_terminate = True
@@ -305,7 +312,7 @@ _CONNECT_TIMEOUT_OF: Mapping[str, str] = {
     "psycopg2": "connect_timeout",
     "psycopg": "connect_timeout",
     "psycopg_async": "connect_timeout",
-    "mysqldb": "connect_timeout",
+    "MySQLdb": "connect_timeout",
     "pymysql": "connect_timeout",
     "aiomysql": "connect_timeout",
     "asyncmy": "connect_timeout",
@@ -316,7 +323,10 @@ _CONNECT_TIMEOUT_OF: Mapping[str, str] = {
 def pass_connect_timeout(pool: Pool, seconds: float) -> None:
     """Pass ``connect_timeout`` to a driver that knows it, unless the user did."""
     dialect = cast(Any, pool._dialect)
-    argument = _CONNECT_TIMEOUT_OF.get(str(getattr(dialect, "driver", "")))
+    # a driver for asyncio stands behind an adapter without a name of its own
+    is_async = getattr(dialect, "is_async", False) is True
+    named = dialect.driver if is_async else getattr(getattr(dialect, "dbapi", None), "__name__", "")
+    argument = _CONNECT_TIMEOUT_OF.get(named)
     if argument is None:
         return
     whole_seconds = max(1, ceil(seconds))

@@ -13,6 +13,7 @@ from . import _sqlalchemy, _sync
 from ._compatibility import QueuePoolNames
 from ._driver import Driver
 from ._fork import start_over_after_fork
+from ._liveness import probe_for
 from ._names import unique_name
 from ._sqlalchemy import (
     BasePool,
@@ -208,16 +209,16 @@ class Managed(QueuePoolNames, BasePool):
         self._driver.take_back(record, is_detached=record.dbapi_connection is None)
 
     def _should_wrap_creator(self, creator: Creator) -> Callable[[ConnectionPoolEntry], Any]:
-        """Notice when SQLAlchemy reconnects a record in its holder's hands."""
+        """See each connection once; notice when SQLAlchemy reconnects in its holder's hands."""
         connect: Any = super()._should_wrap_creator(creator)
         driver = self._driver
 
         def invoke(record: ConnectionPoolEntry) -> Any:
-            if _sqlalchemy.slot_of(record) is None:
-                return connect(record)
             started_at = _sync.monotonic()
             connection = connect(record)
-            driver.reconnected(record, _sync.monotonic() - started_at)
+            record.probe = probe_for(connection)  # type: ignore[attr-defined]
+            if _sqlalchemy.slot_of(record) is not None:
+                driver.reconnected(record, _sync.monotonic() - started_at)
             return connection
 
         return invoke

@@ -26,10 +26,11 @@ class AsyncManagedPool(Managed):
     _driver_class = LoopDriver
     _driver: LoopDriver
     _is_asyncio = True
+    _dialect = _sqlalchemy.DIALECT_OF_ASYNCIO
 
     def _refuse_the_wrong_kind_of_driver(self) -> None:
         name = type(self).__name__
-        if getattr(self._dialect, "is_async", True) is False:
+        if self._dialect.is_async is False:
             raise ArgumentError(
                 f"{name} serves asyncio, but the driver "
                 f"{getattr(self._dialect, 'driver', '')!r} is for threads; with create_engine use "
@@ -41,16 +42,18 @@ class AsyncManagedPool(Managed):
                 f"{name} needs SQLAlchemy 2.0.58 or newer, or 2.1.9 or newer: earlier ones lose "
                 "connections when a task is cancelled. Upgrade SQLAlchemy"
             )
-        _sqlalchemy.allow_terminate(self)
 
     def new_record(self) -> _sqlalchemy.LoopRecord:
         """Connect, firing the events of a connect."""
         _sqlalchemy.share_first_connect(self)
+        _sqlalchemy.allow_terminate(self)
         return _sqlalchemy.LoopRecord(self)
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        if terminate and not _sqlalchemy.in_greenlet():
-            abandon(connection)  # the garbage collector calls, perhaps in another thread
+        is_collected = _sqlalchemy.connection_being_collected() is not None
+        if is_collected or (terminate and not _sqlalchemy.in_greenlet()):
+            # the garbage collector may run anywhere, where nothing can be awaited
+            abandon(connection)
         else:
             super()._close_connection(connection, terminate=terminate)
 

@@ -75,7 +75,7 @@ def main() -> int:
     options = parse()
     folder = CACHE / options.sqlalchemy
     python = environment(folder)
-    version, suite = download(options.sqlalchemy, folder, python)
+    version, suite = download(options, folder, python)
     began = time.monotonic()
     with database(options.kind, python) as arguments:
         code, built = run(python, suite, folder, options, arguments)
@@ -107,8 +107,9 @@ def parse() -> argparse.Namespace:
         metavar="VERSION",
         help="2.1.9, say, or 2.1 for the newest of 2.1 (default: %(default)s)",
     )
+    parser.add_argument("--kind", default="threads", choices=("threads", "asyncio", "postgresql"))
     parser.add_argument(
-        "--kind", default="threads", choices=("threads", "asyncio", "postgresql"), help="see above"
+        "--as-fetched", action="store_true", help="use the source that an earlier run has fetched"
     )
     parser.add_argument(
         "--pool",
@@ -142,9 +143,13 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def download(wanted: str, folder: Path, python: Path) -> tuple[str, Path]:
+def download(options: argparse.Namespace, folder: Path, python: Path) -> tuple[str, Path]:
     """Fetch and unpack the newest source of that version, install the same version beside it."""
+    wanted: str = options.sqlalchemy
     sources = folder / "source"
+    if options.as_fetched:
+        (suite,) = sources.glob("sqlalchemy-*/")
+        return suite.name.rpartition("-")[2], suite
     shutil.rmtree(sources, ignore_errors=True)
     requirement = f"sqlalchemy=={wanted}" + (".*" if wanted.count(".") == 1 else "")
     fetch = ("download", "--no-deps", "--no-binary", "sqlalchemy", "-d", str(sources))

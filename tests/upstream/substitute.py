@@ -1,8 +1,9 @@
 """A pytest plugin: SQLAlchemy's own tests with other classes in its pools' places.
 
 ``sqlalchemy.QueuePool`` and ``sqlalchemy.pool.QueuePool`` become the class named by
-``SQLA_QUEUEPOOL`` (``module:Class``), ``AsyncAdaptedQueuePool`` that of ``SQLA_ASYNCQUEUEPOOL``; the
-dialects, the engine and the tests look them up there, by name, when they need them.
+``SQLA_QUEUEPOOL`` (``module:Class``), ``AsyncAdaptedQueuePool`` that of
+``SQLA_ASYNCQUEUEPOOL``; the dialects, the engine and the tests look them up there, by name, when
+they need them.
 ``sqlalchemy.pool.impl`` stays as it is, for classes derived from those in it.
 
 ``SQLA_EXPECTED_DIFFERENCES`` names a file of ``end of a test's id  # reason``: these tests must
@@ -33,7 +34,9 @@ def pytest_configure() -> None:
 
     classes = []
     for name in ("QueuePool", "AsyncAdaptedQueuePool"):
-        module, _, attribute = os.environ[f"SQLA_{name.replace('Adapted', '').upper()}"].partition(":")
+        module, _, attribute = os.environ[f"SQLA_{name.replace('Adapted', '').upper()}"].partition(
+            ":"
+        )
         substitute = getattr(importlib.import_module(module), attribute)
         _count_instances(substitute)
         for home in (sqlalchemy, sqlalchemy.pool):
