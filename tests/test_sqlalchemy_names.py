@@ -361,6 +361,43 @@ def test_a_listener_of_do_connect_may_add_arguments(tmp_path: Path):
     assert seen == ["EXCLUSIVE"]
 
 
+# -- asyncio ---------------------------------------------------------------------------------
+
+
+@canary("_AsyncConnDialect")
+def test_a_pool_for_asyncio_without_a_dialect_has_a_stand_in():
+    assert base._AsyncConnDialect().is_async is True
+    assert isinstance(_sqlalchemy.DIALECT_OF_ASYNCIO, base._AsyncConnDialect)
+
+
+def test_the_lock_of_the_first_connection_can_be_replaced(pool: QueuePool):
+    _sqlalchemy.share_first_connect(pool)
+    collection = pool.dispatch.connect.for_modify(pool.dispatch)
+    assert collection is pool.dispatch.connect
+    assert isinstance(collection._exec_once_mutex, _sqlalchemy._LockOfAnyLoop)
+    pool.connect().close()
+    assert not collection._exec_once_mutex._lock.locked()
+
+
+@pytest.mark.parametrize(
+    ("version", "leaks"),
+    [
+        ("2.0.57", True),
+        ("2.0.58", False),
+        ("2.1.0b4", True),
+        ("2.1.8", True),
+        ("2.1.9", False),
+        ("2.1.10", False),
+        ("2.2.0", False),
+    ],
+)
+def test_versions_that_lose_connections_on_cancellation_are_known(
+    version: str, leaks: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sa, "__version__", version)
+    assert _sqlalchemy.leaks_on_cancellation() is leaks
+
+
 # -- completeness ----------------------------------------------------------------------------
 
 

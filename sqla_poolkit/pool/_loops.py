@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import weakref
 from collections import deque
-from collections.abc import Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from contextvars import Context
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -77,7 +79,7 @@ class LoopDriver(Driver):
             # it may never run again
             self._close_without_its_loop(slot)
         else:
-            home.spawn(self._work_on_loop(job, slot))
+            home.soon(home.begin, self._work_on_loop, job, slot)
         return True
 
     async def _work_on_loop(self, job: Job, slot: Slot) -> None:
@@ -131,6 +133,9 @@ class LoopDriver(Driver):
     def upkeep(self) -> float:
         """Do what is due; return in how many seconds to come again, infinity for never."""
         self._forget_closed_loops()
+        return super().upkeep()
+
+    def _report_leaks(self) -> None:
         while self._leaks:
             label, caller = describe_holder(self._leaks.popleft())
             self.current_pool().logger.error(
@@ -139,7 +144,6 @@ class LoopDriver(Driver):
                 self.config.name,
                 " at ".join(filter(None, (label, caller))) or "an unnamed caller",
             )
-        return super().upkeep()
 
     def _forget_closed_loops(self) -> None:
         """Let go of connections that nobody can use or close any more: their loop is closed."""
@@ -163,6 +167,7 @@ class LoopDriver(Driver):
             if connection is not None:
                 abandon(connection)
         self._carry_out(decisions)
+        self._report_leaks()
 
     def _is_being_handled(self, slot: Slot) -> bool:
         granted_to = slot.granted_to
@@ -181,7 +186,7 @@ class LoopDriver(Driver):
                 abandon(dropped)
                 slot.reason = "leaked"
                 self._leaks.append(slot.holder)
-                self._wake_upkeep()
+                slot.lane.key.soon(self._report_leaks)
                 is_detached = False
         super().take_back(record, is_detached=is_detached)
 
@@ -209,24 +214,17 @@ class _Home:
         """Tell whether this loop is the one that runs in the present thread."""
         return asyncio._get_running_loop() is self.loop  # noqa: SLF001 - as above
 
-    def _call(self, work: Any, *arguments: Any) -> bool:
-        """Call something on the loop, now or soon; return False if the loop is closed."""
-        if self.is_running_here():
-            work(*arguments)
-            return True
-        try:
-            self.loop.call_soon_threadsafe(work, *arguments)
-        except RuntimeError:
-            return False
-        return True
+    def soon(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Call something from the loop itself, in an empty context; never, if the loop is closed.
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine on the loop, in an empty context."""
-        if not self._call(self._begin, work):
-            work.close()
+        Also from the loop's own thread: there the collector may have called us, anywhere.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(partial(work, *arguments), context=Context())
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = Context().run(self.loop.create_task, work)
+    def begin(self, work: Callable[..., Coroutine[Any, Any, None]], job: Job, slot: Slot) -> None:
+        """Do a job for a slot in a task."""
+        task = self.loop.create_task(work(job, slot))
         # a loop may end before its tasks do; that is for the next loop to clear up, not to warn of
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001 - as gather does
         self._tasks.add(task)
@@ -234,7 +232,10 @@ class _Home:
 
     def wake_at(self, moment: float) -> None:
         """Have the upkeep run at this moment of the pool's clock, or soon if that is past."""
-        self._call(self._set_timer, moment)
+        if self.is_running_here():
+            self._set_timer(moment)
+        else:
+            self.soon(self._set_timer, moment)
 
     def _set_timer(self, moment: float) -> None:
         driver = self._driver()
@@ -244,7 +245,7 @@ class _Home:
             self._timer.cancel()
         self.due_at = moment
         pause = max(0.0, moment - driver.clock())
-        # not from within a task, whose context would stay alive as long as the timer
+        # the context of the task that happens to run now would stay alive as long as the timer
         self._timer = self.loop.call_later(pause, self._run, context=Context())
 
     def _run(self) -> None:
