@@ -243,7 +243,8 @@ def connection_being_collected() -> Any:
         if frame is None:
             return None
         if frame.f_code is _FINALIZE:
-            return frame.f_locals.get("dbapi_connection")
+            found = frame.f_locals
+            return found.get("dbapi_connection") if found.get("is_gc_cleanup") else None
         frame = frame.f_back
     return None
 
@@ -325,8 +326,8 @@ def pass_connect_timeout(pool: Pool, seconds: float) -> None:
     dialect = cast(Any, pool._dialect)
     # a driver for asyncio stands behind an adapter without a name of its own
     is_async = getattr(dialect, "is_async", False) is True
-    named = dialect.driver if is_async else getattr(getattr(dialect, "dbapi", None), "__name__", "")
-    argument = _CONNECT_TIMEOUT_OF.get(named)
+    owner, name = (dialect, "driver") if is_async else (getattr(dialect, "dbapi", None), "__name__")
+    argument = _CONNECT_TIMEOUT_OF.get(getattr(owner, name, ""))
     if argument is None:
         return
     whole_seconds = max(1, ceil(seconds))
