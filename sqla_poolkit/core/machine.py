@@ -182,21 +182,16 @@ class Machine:
         self._look_for_short_cut()
         return lane
 
-    def forget_lane(self, lane: Lane, now: float) -> list[Slot]:
-        """Give up a lane whose callers are gone for good and whose connections nobody can use.
-
-        :return: its slots, so that the driver can let go of what they hold; they are free now.
-        """
+    def forget_lane(self, lane: Lane, now: float) -> None:
+        """Give up a lane whose callers are gone for good and whose connections nobody can use."""
         for request in list(lane.queue):
             self._leave_queue(request, now)
             self._fail(request, "cancelled")
-        forgotten = [slot for slot in self.slots if slot.lane is lane]
-        for slot in forgotten:
+        for slot in [slot for slot in self.slots if slot.lane is lane]:
             self._forget(slot, now)
         self.lanes.remove(lane)
         self._look_for_short_cut()
         self._grow(now)
-        return forgotten
 
     def _forget(self, slot: Slot, now: float) -> None:
         """Free a place without closing its connection."""

@@ -168,7 +168,6 @@ class Driver(ABC):
 
     def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
         """Wait, check and connect as the state machine says."""
-        machine = self.machine
         try:
             while got.state is not CHECKED_OUT:
                 if isinstance(got, Request):
@@ -182,9 +181,13 @@ class Driver(ABC):
         except BaseException as error:
             # a name for the error here would be a cycle through its traceback, which holds the
             # frames of the caller and all that they have dropped
-            self._step(partial(machine.abandon, got, error=error))
+            self._abandon(got, error)
             raise
         return _record(got)
+
+    def _abandon(self, got: Slot | Request, error: BaseException) -> None:
+        """End a checkout whose caller leaves with an exception."""
+        self._step(partial(self.machine.abandon, got, error=error))
 
     def refuse_nested(self) -> None:
         """Refuse a checkout that the garbage collector makes while this thread holds the lock."""

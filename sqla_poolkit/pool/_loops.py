@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import PoolConfig
 from ..core.lanes import Lane
-from ..core.slots import CHECKED_OUT, CLOSING, Slot
+from ..core.slots import CHECKED_OUT, CLOSING, Request, Slot
 from ..core.snapshot import PoolSnapshot
 from ..errors import PoolMisuse
 from . import _liveness, _sqlalchemy
@@ -95,6 +95,13 @@ class LoopDriver(Driver):
         else:
             super()._close_failed(record, connection, error)
 
+    def _abandon(self, got: Slot | Request, error: BaseException) -> None:
+        if self.holds_lock():
+            # a task that was never finished is collected in the middle of a change
+            got.lane.key.soon(self._abandon, got, error)
+        else:
+            super()._abandon(got, error)
+
     def _is_cancellation(self, error: BaseException) -> bool:
         return isinstance(error, asyncio.CancelledError | GeneratorExit)
 
@@ -147,26 +154,24 @@ class LoopDriver(Driver):
 
     def _forget_closed_loops(self) -> None:
         """Let go of connections that nobody can use or close any more: their loop is closed."""
-        closed = [home for loop, home in list(self._homes.items()) if loop.is_closed()]
-        if not closed:
+        if not any(loop.is_closed() for loop in list(self._homes)):
             return
-        connections = []
         with self.lock:
             self.take_returns()
+            closed = [home for loop, home in self._homes.items() if loop.is_closed()]
             for home in closed:
-                if self._homes.pop(home.loop, None) is None:
-                    continue  # another thread was quicker
-                for slot in self.machine.forget_lane(home.lane, self.clock()):
-                    record, slot.resource = slot.resource, None
-                    if record is not None:
-                        _sqlalchemy.assign_slot(record, None)
-                        connections.append(record.dbapi_connection)
-                        _sqlalchemy.forget_connection(record)
-            decisions = self.machine.take_decisions()
-        for connection in connections:
+                del self._homes[home.loop]
+            lanes = [home.lane for home in closed]
+            records = [slot.resource for slot in self.machine.slots if slot.lane in lanes]
+        for record in filter(None, records):
+            _sqlalchemy.assign_slot(record, None)
+            connection = record.dbapi_connection
             if connection is not None:
+                _sqlalchemy.forget_connection(record)
                 abandon(connection)
-        self._carry_out(decisions)
+        # only now, for the limit is one of sockets
+        for lane in lanes:
+            self._step(partial(self.machine.forget_lane, lane))
         self._report_leaks()
 
     def _is_being_handled(self, slot: Slot) -> bool:
