@@ -79,7 +79,7 @@ class Machine:
         config: PoolConfig,
         now: float,
         chance: Callable[[], float],
-        new_parker: Callable[[], Any] = object,
+        new_parker: Callable[[Lane], Any] = lambda _: None,
         lanes: int = 1,
     ) -> None:
         self.books = Books(now)
@@ -375,10 +375,9 @@ class Machine:
         seconds = now - books.integrated_until
         if seconds:
             books.integrated_until = now
-            waiting = self.waiting
-            if waiting:
+            if self.waiting:
                 books.charge(
-                    seconds * waiting,
+                    seconds * self.waiting,
                     len(self.slots) - self.idle,
                     self.connecting,
                     self.checking,
@@ -393,7 +392,7 @@ class Machine:
             lane.pace.queue_formed(now, books.use_time)
         if not request.has_queued:
             request.has_queued = True
-            request.parker = self._new_parker()
+            request.parker = self._new_parker(lane)
             books.waits += 1
         request.queued_at = now
         lane.queue[request] = None
@@ -521,6 +520,17 @@ class Machine:
                 self.attempt_cancelled(got, now)
         elif got.state == CHECKED_OUT:
             self.checkin(got, now)
+
+    def decline(self, got: Slot | Request, now: float) -> None:
+        """Take back what a caller was given who can neither wait, look nor connect; all is well."""
+        request = got if isinstance(got, Request) else got.request
+        if request is None:
+            assert isinstance(got, Slot)
+            self.attempt_cancelled(got, now)
+            return
+        if isinstance(got, Slot):
+            request.slot = got
+        self.cancel(request, now)
 
     def _take_back(self, slot: Slot, now: float) -> None:
         """Free a slot that was granted to be checked or connected, but was not yet."""

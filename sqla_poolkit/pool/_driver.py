@@ -76,15 +76,15 @@ class Driver(ABC):
     caller: Callable[[], Hashable]
     """Returns what tells callers apart who are in the middle of a checkout."""
 
-    def __init__(self, config: PoolConfig, lanes: int, new_parker: Callable[[], Any]) -> None:
+    def __init__(self, config: PoolConfig, lanes: int) -> None:
         self.lock = _sync.RLock()
         self.holds_lock = _sync.ownership_of(self.lock)
         self.clock = _sync.monotonic
-        self.machine = Machine(config, self.clock(), random.random, new_parker, lanes)
-        self._new_parker = new_parker
+        self.machine = Machine(config, self.clock(), random.random, self.new_parker, lanes)
         self._spares: list[ConnectionPoolEntry] = []
         """Records without a connection, to be filled again; their ``record_info`` survives."""
-        self._suspects: dict[Slot, int] = {}
+        self._suspects: dict[Slot, tuple[int, float]] = {}
+        """At which use, and since when, nobody seems to hold it."""
         self._next_audit = 0.0
         self._returns_seen = -1
         self._stuck_since = inf
@@ -105,12 +105,20 @@ class Driver(ABC):
     # -- what differs between threads and event loops ----------------------------------------
 
     @abstractmethod
+    def new_parker(self, lane: Lane | None) -> Any:
+        """Return a place where a caller of this lane, or the present one, can sleep."""
+
+    @abstractmethod
     def find_lane(self) -> Lane:
         """Return the lane of the present caller."""
 
     @abstractmethod
     def _start(self, job: Job, slot: Slot) -> bool:
         """Do a job in the background; return False if that is not possible any more."""
+
+    @abstractmethod
+    def _defer(self, decisions: list[Decision]) -> None:
+        """Have carried out what a return decided and what takes long."""
 
     @abstractmethod
     def _can_do_here(self, slot: Slot) -> bool:
@@ -380,33 +388,34 @@ class Driver(ABC):
                 parker.unpark()
 
     def _do(self, todo: deque[Decision]) -> None:
+        is_changed = False
         while todo:
             decision = todo.popleft()
-            if isinstance(decision, Open):
-                self._run(self._connect, decision.slot, todo)
-            elif isinstance(decision, Close):
-                self._run(self._close, decision.slot, todo)
-            else:
+            if isinstance(decision, Wake):
                 decision.request.parker.unpark()
-        self._mind_growth()
+                continue
+            is_changed = True
+            job = self._connect if isinstance(decision, Open) else self._close
+            self._run(job, decision.slot, todo)
+        if is_changed:
+            self._mind_growth()
 
     def _carry_out_later(self, decisions: list[Decision]) -> None:
-        """Wake who was served now; leave what takes long, or needs a thread, to the upkeep."""
+        """Wake who was served now; what takes long is not for who returns a connection."""
         self._wake_watchers()
         if not decisions:
             return
         if self._is_inline:
             self._carry_out(decisions)
             return
-        later = []
+        later: list[Decision] = []
         for decision in decisions:
             if isinstance(decision, Wake):
                 decision.request.parker.unpark()
             else:
                 later.append(decision)
         if later:
-            self._backlog.extend(later)
-            self._wake_upkeep()
+            self._defer(later)
 
     def _run(self, job: Job, slot: Slot, todo: deque[Decision]) -> None:
         """Run a job in the background, or here where there is no background."""
@@ -603,24 +612,32 @@ class Driver(ABC):
 
         A listener that raises on the way back, or a signal handler that raises inside pool code,
         loses the record.  A slot is suspect when no proxy refers to its record, and reclaimed when
-        that is still so one round later and no thread is busy with it.
+        that is still so one round later and nobody is busy with it.
         """
-        suspects: dict[Slot, int] = {}
+        suspects: dict[Slot, tuple[int, float]] = {}
+        patience = self._patience()
         for slot in list(self.machine.slots):
             if slot.state != CHECKED_OUT or slot.request is not None:
                 continue
             record = slot.resource
             if _sqlalchemy.is_referenced(record):
                 continue
-            suspects[slot] = slot.uses
-            was_suspect = self._suspects.get(slot) == slot.uses
-            if was_suspect and not self._is_being_handled(slot):
+            before = self._suspects.get(slot)
+            if before is None or before[0] != slot.uses:
+                suspects[slot] = (slot.uses, now)
+                continue
+            suspects[slot] = before
+            if now - before[1] >= patience and not self._is_being_handled(slot):
                 if record.dbapi_connection is not None:
                     self.machine.checkin(slot, now, "leaked")
                 else:
                     self._let_go(slot)
                     self.machine.checkin(slot, now, "lost")
         self._suspects = suspects
+
+    def _patience(self) -> float:
+        """Return how long a slot has to be suspect before it is reclaimed."""
+        return 0.0
 
     # -- from the owner of the pool ----------------------------------------------------------
 
@@ -706,7 +723,7 @@ class Driver(ABC):
 
     def _watch(self, is_done: Callable[[], bool], seconds: float | None) -> bool:
         """Wait until something is so; return whether it is."""
-        parker = self._new_parker()
+        parker = self.new_parker(None)
         self._watchers.append(parker)
         try:
             deadline = None if seconds is None else self.clock() + seconds

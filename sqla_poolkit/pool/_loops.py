@@ -14,15 +14,20 @@ from typing import Any
 
 from ..config import PoolConfig
 from ..core.lanes import Lane
-from ..core.slots import CHECKED_OUT, CLOSING, Request, Slot
+from ..core.slots import CHECKED_OUT, CLOSING, Decision, Request, Slot
 from ..core.snapshot import PoolSnapshot
 from ..errors import PoolMisuse
 from . import _liveness, _sqlalchemy
 from ._abandon import abandon
 from ._callers import describe_holder, holder_finder
 from ._driver import Driver, Job
+from ._sqlalchemy import ConnectionPoolEntry
 
 __all__ = ["LoopDriver"]
+
+
+_LISTENER_SECONDS = 60.0
+"""So long a ``checkin`` listener may wait for something before what it holds up counts as lost."""
 
 
 class LoopDriver(Driver):
@@ -33,10 +38,11 @@ class LoopDriver(Driver):
     """
 
     def __init__(self, config: PoolConfig) -> None:
-        super().__init__(config, lanes=0, new_parker=_LoopParker)
+        super().__init__(config, lanes=0)
         self.find_holder = holder_finder(config.track, is_asyncio=True)
         self.caller = _sqlalchemy.current_greenlet()
         self._homes: dict[asyncio.AbstractEventLoop, _Home] = {}
+        self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._leaks: deque[Hashable] = deque()
         """Holders of connections that were dropped unreturned, to be reported by the upkeep."""
 
@@ -44,10 +50,11 @@ class LoopDriver(Driver):
         """Return the lane of the running loop.
 
         :raises PoolMisuse: if no loop is running.
-        :raises sqlalchemy.exc.MissingGreenlet: outside of what SQLAlchemy's asyncio classes call.
         """
         try:
-            loop = asyncio.get_running_loop()
+            return self._lanes[asyncio.get_running_loop()]
+        except KeyError:
+            return self._enter(asyncio.get_running_loop())
         except RuntimeError:
             raise PoolMisuse(
                 f"pool {self.config.name!r} is for asyncio and was used where no event loop is "
@@ -55,10 +62,6 @@ class LoopDriver(Driver):
                 "asyncio.run), or make a second engine for threads with create_engine and "
                 "poolclass=ManagedPool"
             ) from None
-        if not _sqlalchemy.in_greenlet():
-            raise _sqlalchemy.missing_greenlet(self.config.name)
-        home = self._homes.get(loop)
-        return self._enter(loop) if home is None else home.lane
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> Lane:
         self._forget_closed_loops()
@@ -66,8 +69,18 @@ class LoopDriver(Driver):
             home = self._homes.get(loop)
             if home is None:
                 home = self._homes[loop] = _Home(loop, self)
-                home.lane = self.machine.add_lane(home)
+                home.lane = self._lanes[loop] = self.machine.add_lane(home)
         return home.lane
+
+    def new_parker(self, lane: Lane | None) -> _LoopParker:
+        """Return a future to sleep on."""
+        return _LoopParker(asyncio.get_running_loop() if lane is None else lane.key.loop)
+
+    def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
+        if not _sqlalchemy.in_greenlet():
+            self._step(partial(self.machine.decline, got))
+            raise _sqlalchemy.missing_greenlet(self.config.name)
+        return super()._obtain(got)
 
     # -- in the background -------------------------------------------------------------------
 
@@ -105,7 +118,7 @@ class LoopDriver(Driver):
     def _is_cancellation(self, error: BaseException) -> bool:
         return isinstance(error, asyncio.CancelledError | GeneratorExit)
 
-    def _carry_out_later(self, decisions: Any) -> None:
+    def _defer(self, decisions: list[Decision]) -> None:
         # a task can be started from anywhere, so nothing has to wait for the upkeep
         self._carry_out(decisions)
 
@@ -160,7 +173,7 @@ class LoopDriver(Driver):
             self.take_returns()
             closed = [home for loop, home in self._homes.items() if loop.is_closed()]
             for home in closed:
-                del self._homes[home.loop]
+                del self._homes[home.loop], self._lanes[home.loop]
             lanes = [home.lane for home in closed]
             records = [slot.resource for slot in self.machine.slots if slot.lane in lanes]
         for record in filter(None, records):
@@ -175,9 +188,13 @@ class LoopDriver(Driver):
         self._report_leaks()
 
     def _is_being_handled(self, slot: Slot) -> bool:
+        # the frames of a task that waits cannot be found; but it has few places to wait at
         granted_to = slot.granted_to
-        is_on_its_way = granted_to is not None and not granted_to.is_awake
-        return is_on_its_way or slot.resource.is_returning
+        return granted_to is not None and not granted_to.is_awake
+
+    def _patience(self) -> float:
+        pool = self._pool()
+        return _LISTENER_SECONDS if pool is not None and pool.dispatch.checkin else 0.0
 
     # -- connections that were dropped -------------------------------------------------------
 
@@ -267,43 +284,47 @@ class _Home:
 class _LoopParker:
     """A place where one task sleeps until another, or another thread, wakes it."""
 
-    __slots__ = ("_future", "_loop")
+    __slots__ = ("_future", "_is_woken", "_loop")
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[bool] = self._loop.create_future()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[bool] | None = None
+        self._is_woken = False
 
     def park(self, seconds: float | None) -> bool:
         """Sleep until woken, at most so long; return whether somebody woke us."""
-        woken: bool = _sqlalchemy.await_only(self._sleep(seconds))
-        return woken
-
-    async def _sleep(self, seconds: float | None) -> bool:
-        future = self._future
+        if self._is_woken:
+            self._is_woken = False
+            return True
+        if seconds is not None and seconds <= 0:
+            return False
+        self._future = future = self._loop.create_future()
         timer = None
-        if seconds is not None and not future.done():
-            timer = self._loop.call_later(max(0.0, seconds), self._settle, future, False)
+        if seconds is not None:
+            timer = self._loop.call_later(seconds, _settle, future, False)
         try:
-            return await future
+            was_woken: bool = _sqlalchemy.await_only(future)
         finally:
+            self._future = None
             if timer is not None:
                 timer.cancel()
-            self._future = self._loop.create_future()
+        return was_woken
 
     def unpark(self) -> None:
         """Wake the sleeper, or the next one who would sleep; twice is as good as once."""
         if asyncio._get_running_loop() is self._loop:  # noqa: SLF001 - as above
-            self._settle(self._future, True)
+            self._wake()
             return
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and who slept on it is gone
             self._loop.call_soon_threadsafe(self._wake)
-        except RuntimeError:
-            return  # the loop is closed, and who slept on it is gone
 
     def _wake(self) -> None:
-        self._settle(self._future, True)
+        if self._future is None:
+            self._is_woken = True
+        else:
+            _settle(self._future, True)
 
-    @staticmethod
-    def _settle(future: asyncio.Future[bool], was_woken: bool) -> None:
-        if not future.done():
-            future.set_result(was_woken)
+
+def _settle(future: asyncio.Future[bool], was_woken: bool) -> None:
+    if not future.done():
+        future.set_result(was_woken)

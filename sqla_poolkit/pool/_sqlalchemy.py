@@ -28,7 +28,6 @@ __all__ = [
     "BasePool",
     "ConnectionPoolEntry",
     "Creator",
-    "LoopRecord",
     "PoolProxiedConnection",
     "Record",
     "allow_terminate",
@@ -37,6 +36,7 @@ __all__ = [
     "connect_arguments",
     "connection_being_collected",
     "current_greenlet",
+    "end_connection",
     "forget_connection",
     "greenlet_spawn",
     "in_greenlet",
@@ -94,24 +94,6 @@ class Record(_base._ConnectionRecord):
 
 
 _AT_ONCE = float("-inf")
-
-
-class LoopRecord(Record):
-    """A record of asyncio, which tells whether it is on its way back."""
-
-    __slots__ = ("is_returning",)
-
-    def __init__(self, pool: Pool) -> None:
-        self.is_returning = False
-        super().__init__(pool)
-
-    def checkin(self, _fairy_was_created: bool = True) -> None:
-        """Return the record; a ``checkin`` listener may wait for something meanwhile."""
-        self.is_returning = True
-        try:
-            super().checkin(_fairy_was_created)
-        finally:
-            self.is_returning = False
 
 
 class BasePool(Pool):
@@ -234,6 +216,12 @@ DIALECT_OF_ASYNCIO: Any = _base._AsyncConnDialect()
 def allow_terminate(pool: Pool) -> None:
     """Have SQLAlchemy end dropped connections of every driver, for this pool knows how."""
     cast(Any, pool)._dialect.has_terminate = True
+
+
+def end_connection(pool: Pool, connection: Any, *, terminate: bool) -> None:
+    """Close a connection through the dialect, or terminate it."""
+    dialect = cast(Any, pool)._dialect
+    (dialect.do_terminate if terminate else dialect.do_close)(connection)
 
 
 def connection_being_collected() -> Any:

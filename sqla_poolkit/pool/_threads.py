@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import PoolConfig
 from ..core.lanes import Lane
-from ..core.slots import Slot
+from ..core.slots import Decision, Slot
 from . import _liveness, _sqlalchemy, _sync
 from ._callers import holder_finder
 from ._driver import Driver, Job
@@ -23,12 +23,16 @@ class ThreadDriver(Driver):
     lane: Lane
 
     def __init__(self, config: PoolConfig) -> None:
-        super().__init__(config, lanes=1, new_parker=_sync.Parker)
+        super().__init__(config, lanes=1)
         self.lane = self.machine.lanes[0]
         self.find_holder = holder_finder(config.track)
         self.caller = get_ident
         self._workers = Workers(config.name)
         self._upkeep = Upkeep(config.name, self)
+
+    def new_parker(self, lane: Lane | None) -> _sync.Parker:  # noqa: ARG002 - threads share it
+        """Return a lock to sleep on."""
+        return _sync.Parker()
 
     def find_lane(self) -> Lane:
         """Return the lane of all threads."""
@@ -41,6 +45,11 @@ class ThreadDriver(Driver):
             # no thread can be started: too many, or the interpreter is about to end
             return False
         return True
+
+    def _defer(self, decisions: list[Decision]) -> None:
+        # a return must not start threads
+        self._backlog.extend(decisions)
+        self._wake_upkeep()
 
     def _can_do_here(self, slot: Slot) -> bool:  # noqa: ARG002 - threads share all connections
         return True

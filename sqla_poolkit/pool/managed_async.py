@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from ..errors import ArgumentError
@@ -43,19 +44,28 @@ class AsyncManagedPool(Managed):
                 "connections when a task is cancelled. Upgrade SQLAlchemy"
             )
 
-    def new_record(self) -> _sqlalchemy.LoopRecord:
+    def new_record(self) -> _sqlalchemy.Record:
         """Connect, firing the events of a connect."""
         _sqlalchemy.share_first_connect(self)
         _sqlalchemy.allow_terminate(self)
-        return _sqlalchemy.LoopRecord(self)
+        return super().new_record()
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         is_collected = _sqlalchemy.connection_being_collected() is not None
         if is_collected or (terminate and not _sqlalchemy.in_greenlet()):
             # the garbage collector may run anywhere, where nothing can be awaited
             abandon(connection)
-        else:
-            super()._close_connection(connection, terminate=terminate)
+            return
+        kind = "terminate" if terminate else "close"
+        self.logger.debug("Going to %s connection %r", kind, connection)
+        try:
+            _sqlalchemy.end_connection(self, connection, terminate=terminate)
+        except asyncio.CancelledError:
+            # no error of the connection's: its loop ends, or its caller is gone
+            abandon(connection)
+            raise
+        except Exception:
+            self.logger.exception("Exception when about to %s connection %r", kind, connection)
 
     async def wait_ready(self, timeout: float | None = 30.0) -> None:
         """Open ``min_size`` connections and wait until they are.
