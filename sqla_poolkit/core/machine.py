@@ -103,6 +103,8 @@ class Machine:
         self._offset = chance()
         self._opened = 0
         self._tickets = 0
+        self._deadlines_vary = False
+        """Whoever asked later may have the earlier deadline: ``timeout`` was changed."""
         self._vacating = 0
         """Connections that are closed to make room in another lane."""
         self._fewest_idle = _MANY
@@ -487,6 +489,25 @@ class Machine:
             self._grow(now)
         return request.slot
 
+    def expire_overdue(self, lane: Lane, now: float) -> float:
+        """End the requests of a lane whose deadlines have passed.
+
+        :return: the next deadline in the lane; infinity if there is none.
+        """
+        next_deadline = inf
+        for request in list(lane.queue):
+            deadline = inf if request.deadline is None else request.deadline
+            if deadline <= now:
+                self._fail_waiting(request, now, "timeout")
+                continue
+            next_deadline = min(next_deadline, deadline)
+            if not self._deadlines_vary:
+                break
+        else:
+            self._deadlines_vary = False
+        self._grow(now)
+        return next_deadline
+
     def cancel(self, request: Request, now: float) -> None:
         """End a request whose caller is gone; what it was granted goes to the next."""
         slot = request.slot
@@ -514,10 +535,7 @@ class Machine:
             failure: Failure = "failed" if isinstance(error, Exception) else "cancelled"
             self.check_interrupted(got, now, failure)
         elif got.state == CONNECTING and got.is_own_connect:
-            if isinstance(error, Exception):
-                self.connect_failed(got, now, error)
-            else:
-                self.attempt_cancelled(got, now)
+            self.connect_failed(got, now, error)
         elif got.state == CHECKED_OUT:
             self.checkin(got, now)
 
@@ -1164,6 +1182,7 @@ class Machine:
         """Adopt other limits: grow for those who wait, or shrink, idle connections first."""
         if self.waiting:
             self.advance(now)
+        self._deadlines_vary |= config.timeout != self.config.timeout
         self._adopt(config)
         for slot in self.slots:
             slot.review_at = _REVIEW

@@ -236,9 +236,7 @@ class Driver(ABC):
         while slot is None and request.failure is None:
             if machine.may_grow or self.config.collect_leaks:
                 self._mind_growth()
-            deadline = request.deadline
-            seconds = None if deadline is None else deadline - self.clock()
-            if request.parker.park(seconds):
+            if self._sleep(request):
                 # granted or failed: whoever woke us has settled everything
                 slot = request.slot
             else:
@@ -247,6 +245,13 @@ class Driver(ABC):
         if slot is None:
             raise self._failure(request)
         return slot
+
+    def _sleep(self, request: Request) -> bool:
+        """Sleep until woken; return False if the deadline passed before that."""
+        deadline = request.deadline
+        seconds = None if deadline is None else deadline - self.clock()
+        was_woken: bool = request.parker.park(seconds)
+        return was_woken
 
     def _failure(self, request: Request) -> BaseException:
         """Return what the caller of a failed request gets to see."""

@@ -12,9 +12,11 @@ from functools import partial
 from math import inf
 from typing import Any
 
+from sqlalchemy.exc import MissingGreenlet
+
 from ..config import PoolConfig
 from ..core.lanes import Lane
-from ..core.slots import CHECKED_OUT, CLOSING, Decision, Request, Slot
+from ..core.slots import CHECKED_OUT, CLOSING, CONNECTING, Decision, Request, Slot
 from ..core.snapshot import PoolSnapshot
 from ..errors import PoolMisuse
 from . import _liveness, _sqlalchemy
@@ -77,10 +79,21 @@ class LoopDriver(Driver):
         return _LoopParker(asyncio.get_running_loop() if lane is None else lane.key.loop)
 
     def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
-        if not _sqlalchemy.in_greenlet():
-            self._step(partial(self.machine.decline, got))
-            raise _sqlalchemy.missing_greenlet(self.config.name)
-        return super()._obtain(got)
+        try:
+            return super()._obtain(got)
+        except MissingGreenlet:
+            raise _sqlalchemy.missing_greenlet(self.config.name) from None
+
+    def _sleep(self, request: Request) -> bool:
+        # a timer for each wait would cost more than the rest of it: there is one per loop
+        if request.deadline is not None:
+            request.lane.key.watch(request.deadline)
+        request.parker.park(None)
+        return True
+
+    def expire_overdue(self, lane: Lane) -> float:
+        """Wake the callers of a lane whose deadlines have passed; return the next deadline."""
+        return self._step(partial(self.machine.expire_overdue, lane))
 
     # -- in the background -------------------------------------------------------------------
 
@@ -109,7 +122,10 @@ class LoopDriver(Driver):
             super()._close_failed(record, connection, error)
 
     def _abandon(self, got: Slot | Request, error: BaseException) -> None:
-        if self.holds_lock():
+        is_connecting = got.state == CONNECTING and self._is_cancellation(error)
+        if is_connecting or isinstance(error, MissingGreenlet):
+            self._step(partial(self.machine.decline, got))
+        elif self.holds_lock():
             # a task that was never finished is collected in the middle of a change
             got.lane.key.soon(self._abandon, got, error)
         else:
@@ -228,6 +244,8 @@ class _Home:
     def __init__(self, loop: asyncio.AbstractEventLoop, driver: LoopDriver) -> None:
         self.loop = loop
         self.due_at = inf
+        self._watched = inf
+        self._deadline_timer: asyncio.TimerHandle | None = None
         self._driver = weakref.ref(driver)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -258,6 +276,24 @@ class _Home:
             self._set_timer(moment)
         else:
             self.soon(self._set_timer, moment)
+
+    def watch(self, deadline: float) -> None:
+        """See to it that who waits until this deadline is woken then; called on the loop."""
+        if deadline < self._watched:
+            self._watched = deadline
+            if self._deadline_timer is not None:
+                self._deadline_timer.cancel()
+            driver = self._driver()
+            pause = 0.0 if driver is None else max(0.0, deadline - driver.clock())
+            context = Context()
+            self._deadline_timer = self.loop.call_later(pause, self._expire, context=context)
+
+    def _expire(self) -> None:
+        self._watched = inf
+        self._deadline_timer = None
+        driver = self._driver()
+        if driver is not None:
+            self.watch(driver.expire_overdue(self.lane))
 
     def _set_timer(self, moment: float) -> None:
         driver = self._driver()
