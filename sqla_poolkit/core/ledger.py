@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .books import Books, Row
 from .slots import CloseReason
-from .snapshot import Describe, HolderTotals, SlotReading, read_books, read_rows
+from .snapshot import Describe, SlotReading, read_books, read_rows
 
 __all__ = ["Ledger"]
 
@@ -263,12 +263,12 @@ class Ledger:
         }
         parts = [
             *(
-                (hold.holder, HolderTotals(0, now - hold.since, 0.0, self.books.caused - hold.mark))
+                (hold.holder, now - hold.since, 0.0, self.books.caused - hold.mark)
                 for hold in self._holds.values()
                 if hold.is_served
             ),
             *(
-                (self._requests[request].holder, HolderTotals(wait_seconds=seconds))
+                (self._requests[request].holder, 0.0, seconds, 0.0)
                 for request, seconds in waits.items()
             ),
         ]

@@ -330,7 +330,7 @@ class Machine:
             slot = self._freshest_idle(lane, now)
             if slot is not None:
                 return self._check(slot, request, now)
-            if self._may_connect_itself():
+            if self._callers_connect and self._may_connect_itself():
                 return self._connect_itself(request, now)
         if timeout == 0:
             self._fail(request, "timeout")
@@ -338,7 +338,8 @@ class Machine:
             self._fail(request, "rejected")
         else:
             self._enqueue(request, now)
-            self._grow(now)
+            if self.may_grow:
+                self._grow(now)
         return request
 
     def _freshest_idle(self, lane: Lane, now: float) -> Slot | None:
@@ -378,9 +379,11 @@ class Machine:
         if seconds:
             books.integrated_until = now
             if self.waiting:
+                lanes = self.lanes
+                idle = len(lanes[0].idle) if len(lanes) == 1 else self.idle
                 books.charge(
                     seconds * self.waiting,
-                    len(self.slots) - self.idle,
+                    len(self.slots) - idle,
                     self.connecting,
                     self.checking,
                     self.closing,
@@ -427,8 +430,12 @@ class Machine:
         The caller is served from here on: it wakes, or finds its slot at the deadline, and takes
         it without another look at the books; if it leaves instead, ``cancel`` takes it back.
         """
-        request = next(iter(slot.lane.queue))
-        self._leave_queue(request, now)
+        books = self.books
+        if now != books.integrated_until:
+            self.advance(now)
+        request, _ = slot.lane.queue.popitem(last=False)
+        self.waiting -= 1
+        request.waited += now - request.queued_at
         request.slot = slot
         slot.granted_to = request
         slot.asked_at = request.asked_at

@@ -305,12 +305,12 @@ def read_books(books: Books, now: float) -> dict[str, Any]:
     return values
 
 
+Part = tuple[Hashable, float, float, float]
+"""A hold or wait in progress: its holder; seconds of use, of wait, and of wait caused so far."""
+
+
 def read_rows(
-    books: Books,
-    parts: Iterable[tuple[Hashable, HolderTotals]],
-    describe: Describe,
-    *,
-    has_callers: bool,
+    books: Books, parts: Iterable[Part], describe: Describe, *, has_callers: bool
 ) -> dict[str, Any]:
     """Return ``labels`` and ``callers``: the holders' rows, and ``parts`` still in progress."""
     causes = {
@@ -319,26 +319,35 @@ def read_rows(
         "(closing)": books.caused_by_closing,
         "(pool)": books.caused_by_pool,
     }
+    # plain numbers as long as anything is added: the lock is held, and thousands may wait
+    sums = {
+        holder: [row.checkouts, row.use_seconds, row.wait_seconds, row.wait_caused_seconds]
+        for holder, row in books.rows.items()
+    }
+    for holder, used, waited, caused in parts:
+        row = sums.get(holder)
+        if row is None:
+            row = sums[holder] = [0, 0.0, 0.0, 0.0]
+        row[1] += used
+        row[2] += waited
+        row[3] += caused
     labels = {
         name: HolderTotals(wait_caused_seconds=seconds)
         for name, seconds in causes.items()
         if seconds
     }
     callers = dict(labels)
-    rows = [
-        (
-            holder,
-            HolderTotals(row.checkouts, row.use_seconds, row.wait_seconds, row.wait_caused_seconds),
-        )
-        for holder, row in books.rows.items()
-    ]
-    for holder, totals in (*rows, *parts):
+    for holder, row in sums.items():
         label, caller = describe(holder)
-        label = label or UNLABELLED
-        labels[label] = labels.get(label, HolderTotals()) + totals
-        caller = caller or UNKNOWN_CALLER
-        callers[caller] = callers.get(caller, HolderTotals()) + totals
+        totals = HolderTotals(int(row[0]), row[1], row[2], row[3])
+        _add_to(labels, label or UNLABELLED, totals)
+        _add_to(callers, caller or UNKNOWN_CALLER, totals)
     return {"labels": labels, "callers": callers if has_callers else None}
+
+
+def _add_to(rows: dict[str, HolderTotals], name: str, totals: HolderTotals) -> None:
+    before = rows.get(name)
+    rows[name] = totals if before is None else before + totals
 
 
 def read_machine(
@@ -358,11 +367,11 @@ def read_machine(
         if slot.request is not None
     ]
     holds = [
-        (slot.holder, HolderTotals(0, now - slot.held_since, 0.0, books.caused - slot.mark))
+        (slot.holder, now - slot.held_since, 0.0, books.caused - slot.mark)
         for slot in machine.slots
         if slot.state == "checked_out"
     ]
-    queued = [(holder, HolderTotals(wait_seconds=seconds)) for holder, seconds in waits]
+    queued = [(holder, 0.0, seconds, 0.0) for holder, seconds in waits]
     config = machine.config
     return {
         **read_books(books, now),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import UNSET, PoolConfig
 from ..core.machine import Machine
@@ -56,8 +56,9 @@ Job = Callable[[Slot], "list[Decision]"]
 """Does what takes long for a slot, and returns what was decided then."""
 
 
-def _record(slot: Slot | Request) -> ConnectionPoolEntry:
-    return cast(ConnectionPoolEntry, cast(Slot, slot).resource)
+def _record(slot: Any) -> ConnectionPoolEntry:
+    record: ConnectionPoolEntry = slot.resource
+    return record
 
 
 class Driver(ABC):
@@ -169,6 +170,7 @@ class Driver(ABC):
                 decisions = self.machine.take_decisions()
             self._carry_out(decisions)
         if self.inbox:
+            # a return that came in between found nobody waiting
             self.empty_inbox()
         if got.state is CHECKED_OUT:
             return _record(got)

@@ -23,7 +23,6 @@ from . import _liveness, _sqlalchemy
 from ._abandon import abandon
 from ._callers import describe_holder, holder_finder
 from ._driver import Driver, Job
-from ._sqlalchemy import ConnectionPoolEntry
 
 __all__ = ["LoopDriver"]
 
@@ -78,17 +77,24 @@ class LoopDriver(Driver):
         """Return a future to sleep on."""
         return _LoopParker(asyncio.get_running_loop() if lane is None else lane.key.loop)
 
-    def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
-        try:
-            return super()._obtain(got)
-        except MissingGreenlet:
-            raise _sqlalchemy.missing_greenlet(self.config.name) from None
+    def _check(self, slot: Slot) -> Slot | Request:
+        if not _sqlalchemy.in_greenlet():
+            raise _sqlalchemy.missing_greenlet(self.config.name)
+        return super()._check(slot)
+
+    def _connect_here(self, slot: Slot) -> Slot:
+        if not _sqlalchemy.in_greenlet():
+            raise _sqlalchemy.missing_greenlet(self.config.name)
+        return super()._connect_here(slot)
 
     def _sleep(self, request: Request) -> bool:
         # a timer for each wait would cost more than the rest of it: there is one per loop
         if request.deadline is not None:
             request.lane.key.watch(request.deadline)
-        request.parker.park(None)
+        try:
+            request.parker.park(None)
+        except MissingGreenlet:
+            raise _sqlalchemy.missing_greenlet(self.config.name) from None
         return True
 
     def expire_overdue(self, lane: Lane) -> float:
