@@ -4,15 +4,21 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 comma := ,
+empty :=
+space := $(empty) $(empty)
 
-# The drivers come along as soon as the demo is sent to a PostgreSQL server.
-DEMO := cli$(if $(findstring postgresql,$(ARGS)),$(comma)postgres$(comma)psycopg)
+# The drivers come along as soon as the demo is sent to a PostgreSQL server, or runs tasks.
+for-postgresql = $(if $(findstring postgresql,$(ARGS)),$(1))
+for-tasks = $(if $(findstring --async,$(ARGS)),$(1))
+DEMO := $(subst $(space),$(comma),$(strip cli \
+  $(call for-postgresql,postgres psycopg $(call for-tasks,asyncpg)) $(call for-tasks,aiosqlite)))
 
 .PHONY: help demo test lint type bench clean
 
 help:
 	@echo "make demo    QueuePool and ManagedPool under the same load, side by side, within a minute"
-	@echo "             (another database: make demo ARGS=\"--url postgresql+psycopg2://...\")"
+	@echo "             (another database: make demo ARGS=\"--url postgresql+psycopg2://...\";"
+	@echo "             on asyncio: make demo ARGS=--async)"
 	@echo "make test    the tests, on SQLite and on a PostgreSQL server that they start themselves"
 	@echo "make lint    format and lint rules"
 	@echo "make type    type annotations"

@@ -28,6 +28,12 @@ NAMES = (
     "rollover",
     "memory",
     "waiters",
+    "async_uncontended",
+    "async_fairness",
+    "async_spike",
+    "async_postgresql",
+    "async_cancellation",
+    "async_loops",
 )
 
 

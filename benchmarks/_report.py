@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("sqla_poolkit", "SQLAlchemy", "psycopg2-binary", "psycopg", "psycopg_pool")
+LIBRARIES = ("sqla_poolkit", "SQLAlchemy", "psycopg2-binary", "psycopg", "psycopg_pool", "asyncpg")
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ def _demo(options: argparse.Namespace) -> int:
             return NOT_POSSIBLE
         if rich.is_terminal:
             screen = rich
-    run_demo(Plan(seconds=options.seconds, threads=options.threads), screen, options.url)
+    plan = Plan(seconds=options.seconds, threads=options.threads)
+    run_demo(plan, screen, options.url, is_async=options.is_async)
     return DONE
 
 
@@ -78,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         "--url",
         help="an SQLite or PostgreSQL database, such as postgresql+psycopg2://me@localhost/test; "
         "nothing is written to it (default: an SQLite file in a temporary folder)",
+    )
+    demo.add_argument(
+        "--async",
+        dest="is_async",
+        action="store_true",
+        help="tasks instead of threads, on AsyncAdaptedQueuePool and AsyncManagedPool (default "
+        "with it: SQLite through aiosqlite; a driver for threads is replaced by asyncpg)",
     )
     demo.add_argument(
         "--seconds",

@@ -29,6 +29,7 @@ from tests.servers import PostgresServer
 
 ROOT = Path(__file__).parents[1]
 SHORT = ("--seconds", "1", "--threads", "12")
+ASYNC_POOLS = ("AsyncAdaptedQueuePool", "AsyncManagedPool")
 UNREACHABLE = "postgresql+psycopg2://me:s3cret@127.0.0.1:1/db"
 
 
@@ -62,14 +63,15 @@ def rows(output: str, title: str) -> dict[str, list[str]]:
     return {first: others for first, *others in cells}
 
 
-def check_demo(output: str) -> None:
+def check_demo(output: str, pools: tuple[str, str] = ("QueuePool", "ManagedPool")) -> None:
     """Check that both pools were measured and that the figures fit together."""
     figures = rows(output, "What the callers measured")
-    assert figures.pop("QueuePool") == ["ManagedPool"]
+    assert figures.pop(pools[0]) == [pools[1]]
     assert {len(cells) for cells in figures.values()} == {2}
     labels = rows(output, "Who made whom wait")
     kinds = {"GET /users", "GET /orders", "POST /orders", "sync job", "report", "GET /offers"}
-    assert kinds == set(labels) - {"served", "QueuePool"}
+    heads = {"served", "Async", "Adapted", "QueuePool"}
+    assert kinds == set(labels) - heads
     for pool in (0, 1):
         served = int(figures["requests served"][pool].replace(",", ""))
         assert served > 12
@@ -108,10 +110,32 @@ def test_the_demo_runs_on_a_given_database(postgres: PostgresServer):
 
 
 @pytest.mark.extra
-def test_a_terminal_shows_a_live_table():
+def test_the_demo_runs_tasks():
+    output = finish(command("demo", "--async", "--plain", *SHORT))
+    assert "SQLite, a file in a temporary folder" in output
+    assert "a task each, on one event loop" in output
+    check_demo(output, ASYNC_POOLS)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg2"])
+def test_the_demo_runs_tasks_on_a_given_database(driver: str, postgres: PostgresServer):
+    """What is a driver for threads only is replaced."""
+    url = postgres.url(driver)
+    output = finish(command("demo", "--async", "--plain", *SHORT, "--url", url))
+    assert f"PostgreSQL, 127.0.0.1:{postgres.port}/postgres" in output
+    check_demo(output, ASYNC_POOLS)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    ("options", "pools"),
+    [((), ("QueuePool", "ManagedPool")), (("--async",), ASYNC_POOLS)],
+    ids=["threads", "tasks"],
+)
+def test_a_terminal_shows_a_live_table(options: tuple[str, ...], pools: tuple[str, str]):
     reader, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "sqla_poolkit", "demo", *SHORT],
+        [sys.executable, "-m", "sqla_poolkit", "demo", *options, *SHORT],
         cwd=ROOT,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "50"},
         stdout=terminal,
@@ -128,7 +152,7 @@ def test_a_terminal_shows_a_live_table():
     assert process.wait(60) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
     for shown in (
-        *("QueuePool runs: 1 of 1 s", "ManagedPool runs: 1 of 1 s"),
+        *(f"{pool} runs: 1 of 1 s" for pool in pools),
         *("waiting", "checked out", "idle", "open", "p99 so far", "longest wait"),
         *("What the callers measured", "Who made whom wait", "pool.snapshot() says"),
     ):
@@ -208,7 +232,29 @@ def test_plain_needs_no_rich(monkeypatch, capsys):
     ],
 )
 def test_a_database_that_cannot_be_used_is_said_in_a_sentence(url: str, said: str, capsys):
-    assert main(["demo", "--plain", "--url", url]) == 1
+    check_refusal(["--url", url], said, capsys)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3cret", "is no URL of a database"),
+        ("mysql+aiomysql://me:s3cret@127.0.0.1/db", "not to mysql"),
+        ("sqlite:///:memory:", "in-memory SQLite"),
+        ("sqlite:////no/such/folder/file.db", "no connection to SQLite, /no/such/folder/file.db"),
+        (UNREACHABLE, "no connection to PostgreSQL"),
+        ("postgresql+asyncpg://me:s3cret@127.0.0.1:1/db", "no connection to PostgreSQL"),
+        ("postgresql+asyncpg://me:s3cret@127.0.0.1:1/db?sslmode=disable", "argument 'sslmode'"),
+        ("postgresql+psycopg://me:s3cret@127.0.0.1:1/db", "no connection to PostgreSQL"),
+    ],
+)
+def test_a_database_that_tasks_cannot_use_is_said_in_a_sentence(url: str, said: str, capsys):
+    check_refusal(["--async", "--url", url], said, capsys)
+
+
+def check_refusal(options: list[str], said: str, capsys) -> None:
+    assert main(["demo", "--plain", *options]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("poolkit: ")
@@ -226,11 +272,48 @@ def test_a_missing_driver_is_said_in_a_sentence(capsys, monkeypatch):
 
 def test_an_asyncio_driver_is_refused(capsys):
     assert main(["demo", "--plain", "--url", "sqlite+aiosqlite:///file.db"]) == 1
-    assert "is for asyncio" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "is for asyncio" in printed
+    assert "--async" in printed
 
 
-def test_ctrl_c_ends_the_demo_without_a_traceback():
-    process = command("demo", "--plain", "--seconds", "30", "--threads", "4")
+@pytest.mark.parametrize(
+    ("missing", "options", "extra"),
+    [
+        ("greenlet", [], "asyncio"),
+        pytest.param("aiosqlite", [], "aiosqlite", marks=pytest.mark.extra),
+        pytest.param(
+            "asyncpg",
+            ["--url", "postgresql+asyncpg://me:s3cret@127.0.0.1:1/db"],
+            "asyncpg",
+            marks=pytest.mark.extra,
+        ),
+        pytest.param(
+            "psycopg",
+            ["--url", "postgresql+psycopg://me:s3cret@127.0.0.1:1/db"],
+            "psycopg",
+            marks=pytest.mark.extra,
+        ),
+    ],
+)
+def test_what_is_missing_for_tasks_is_said_in_a_sentence(
+    missing: str, options: list[str], extra: str, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, missing, None)
+    check_refusal(["--async", *options], f"pip install 'sqla_poolkit[{extra}]'", capsys)
+
+
+def test_without_asyncpg_it_says_which_url_to_write(capsys, monkeypatch):
+    monkeypatch.setattr("sqla_poolkit.demo.run.find_spec", lambda name: None)
+    said = "write postgresql+asyncpg://... (pip install 'sqla_poolkit[asyncpg]')"
+    check_refusal(["--async", "--url", UNREACHABLE], said, capsys)
+
+
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--async"], marks=pytest.mark.extra)], ids=["threads", "tasks"]
+)
+def test_ctrl_c_ends_the_demo_without_a_traceback(options: list[str]):
+    process = command("demo", *options, "--plain", "--seconds", "30", "--threads", "4")
     assert process.stdout is not None
     for line in process.stdout:
         if "waiting" in line:
@@ -279,6 +362,16 @@ def test_a_plan_asks_for_the_same_each_time():
         for _ in range(2)
     )
     assert one == other
+
+
+def test_a_caller_of_the_burst_comes_when_it_is_due_and_asks_as_often_as_planned():
+    caller = next(each for each in Plan().callers() if each.group == "burst")
+    steps = []
+    for step in caller.steps(began_at=100.0):
+        steps.append(step)
+        caller.requests.append(Request(step.kind.label, step.at))
+    assert steps[0].at == 106.0
+    assert [step.kind.label for step in steps] == ["GET /offers"] * 3
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, create_engine, exc
+from sqlalchemy.pool import Pool
 
 import sqla_poolkit
-from sqla_poolkit import ManagedPool, PoolSnapshot
+from sqla_poolkit import AsyncManagedPool, ManagedPool, PoolSnapshot
 from sqla_poolkit.config import PoolConfig
+from sqla_poolkit.pool import _sqlalchemy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,13 +35,27 @@ class Block(NamedTuple):
     code: str
     output: str | None
 
+    def check(self, names: dict[str, Any]) -> None:
+        """Run the code and compare what it prints."""
+        printed = io.StringIO()
+        # the README is one program; the empty lines make an error show its line
+        code = compile("\n" * (self.line - 1) + self.code, "app.py", "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        where = f"README.md:{self.line}"
+        assert masked(printed.getvalue()) == masked(self.output or ""), where
 
-def blocks() -> Iterator[Block]:
-    """Yield each piece of Python with the output that follows it, if any does."""
+
+def blocks(*, of_asyncio: bool = False) -> Iterator[Block]:
+    """Yield each piece of Python with the output that follows it, if any does.
+
+    Those of asyncio are a program apart, for they need greenlet and a driver.
+    """
     pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?"
     for found in re.finditer(pattern, README, re.MULTILINE | re.DOTALL):
         line = README.count("\n", 0, found.start()) + 2
-        yield Block(line, found[1], found[2])
+        if ("asyncio" in found[1]) is of_asyncio:
+            yield Block(line, found[1], found[2])
 
 
 def section(title: str) -> str:
@@ -68,14 +84,35 @@ def test_the_code_runs_and_prints_what_is_said(engines: list[Engine]):
     names: dict[str, Any] = {}
     assert len(list(blocks())) > 5
     for block in blocks():
-        printed = io.StringIO()
-        # the README is one program; the empty lines make an error show its line
-        code = compile("\n" * (block.line - 1) + block.code, "app.py", "exec")
-        with contextlib.redirect_stdout(printed):
-            exec(code, names)
+        block.check(names)
         engines.append(names["engine"])
-        where = f"README.md:{block.line}"
-        assert masked(printed.getvalue()) == masked(block.output or ""), where
+
+
+@pytest.mark.extra
+def test_the_code_for_asyncio_runs_and_prints_what_is_said(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(of_asyncio=True)
+    block.check({})
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    ("driver", "pool_class", "is_old"),
+    [
+        ("asyncpg", ManagedPool, False),
+        ("psycopg2", AsyncManagedPool, False),
+        ("asyncpg", AsyncManagedPool, True),
+    ],
+)
+def test_refusals_are_quoted_in_their_own_words(
+    driver: str, pool_class: type[Pool], is_old: bool, monkeypatch
+):
+    monkeypatch.setattr(_sqlalchemy, "leaks_on_cancellation", lambda: is_old)
+    with pytest.raises(exc.ArgumentError) as refusal:
+        create_engine(f"postgresql+{driver}://", poolclass=pool_class)
+    quoted = re.findall(r"`(\w+Pool\s[^`]+)`", section("asyncio"))
+    assert len(quoted) == 3
+    assert any(str(refusal.value).startswith(" ".join(each.split())) for each in quoted)
 
 
 def test_every_setting_is_named():

@@ -82,7 +82,21 @@ SHOWN = {
         *[rf"caller {number}: served" for number in (1, 2, 3, 4)],
         r"found dead before they were handed out: 4,",
     ],
+    "asyncio_pool": [
+        r"six tasks: 2 of 2 connections open, 2 idle, .* 6 checkouts, 0 cancelled",
+        r"report: 1 checkouts, waited \d+ ms, made others wait [1-9]\d* ms",
+        r"GET /users: 5 checkouts, waited [1-9]\d* ms, made others wait \d+ ms",
+        r"one gave up: .* 2 checked out, 0 waiting; .* 8 checkouts, 1 cancelled, 2 connects",
+        r"all are there: .* 2 idle, .* 10 checkouts, 1 cancelled, 2 connects, 0 forgotten",
+        r"second loop: 2 of 2 connections open, .* 12 checkouts, .* 4 connects, 2 forgotten",
+        r"<AsyncManagedPool 'app' closed, 0 of 2 open: 0 idle, 0 checked out",
+    ],
 }
+NEEDS_EXTRAS = {"asyncio_pool"}
+ON_SQLITE = [
+    pytest.param(example, marks=pytest.mark.extra) if example in NEEDS_EXTRAS else example
+    for example in SHOWN
+]
 SHOWN_ON_POSTGRESQL = SHOWN | {
     "too_large": [
         r"after a burst of 60 callers: +60 connections open, 60 idle",
@@ -125,7 +139,7 @@ def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SHOWN)
 
 
-@pytest.mark.parametrize("example", SHOWN)
+@pytest.mark.parametrize("example", ON_SQLITE)
 def test_it_shows_its_point_on_sqlite(example: str, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     output = run(example)
@@ -141,6 +155,14 @@ def test_it_shows_its_point_on_postgresql(example: str, postgres: PostgresServer
     assert belongings(postgres) == before
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_the_pool_for_asyncio_shows_its_point_with_either_driver(
+    driver: str, postgres: PostgresServer
+):
+    output = run("asyncio_pool", postgres.url(driver))
+    assert not_shown(output, SHOWN["asyncio_pool"]) == [], output
+
+
 def belongings(server: PostgresServer) -> list[tuple[str]]:
     """Return what an example could leave in the database."""
     tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
@@ -151,5 +173,6 @@ def belongings(server: PostgresServer) -> list[tuple[str]]:
 def test_its_docstring_tells_how_to_run_it(example: str):
     source = (EXAMPLES / f"{example}.py").read_text()
     assert f"    python examples/{example}.py\n" in source
-    assert f"    python examples/{example}.py postgresql+psycopg2://" in source
+    driver = "asyncpg" if example == "asyncio_pool" else "psycopg2"
+    assert f"    python examples/{example}.py postgresql+{driver}://" in source
     assert "Without a URL it runs on an SQLite file in a temporary folder." in source

@@ -1,1 +1,1 @@
-"""``poolkit demo``: the same load on QueuePool and on ManagedPool, side by side."""
+"""``poolkit demo``: the same load on SQLAlchemy's pool and on ours, side by side."""

@@ -3,23 +3,40 @@
 Nothing here asks a pool for its numbers.  Each caller writes down when it asked, when it had its
 connection and when it gave it back; all that is shown follows from that, for both pools in the
 same way.  Connections are counted by SQLAlchemy's ``connect`` and ``close`` events.
+
+A caller is a description, step by step; threads (``_threads.py``) or tasks (``_tasks.py``) do it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Engine, event, exc, text
+from sqlalchemy import Engine, event, exc, text
+from sqlalchemy.pool import Pool
 
 from ..core.holders import held_by
 from .figures import Request, Summary, jain, percentile, shares
 
-__all__ = ["POOL_SETTINGS", "SLEEP", "Load", "Moment", "Plan", "teach_sleep"]
+__all__ = [
+    "FAILURES",
+    "POOL_SETTINGS",
+    "SIMULATED_CONNECT_SECONDS",
+    "SLEEP",
+    "Caller",
+    "Load",
+    "Moment",
+    "Plan",
+    "Step",
+    "clock",
+]
 
 POOL_SETTINGS: dict[str, Any] = {
     "pool_size": 5,
@@ -33,6 +50,10 @@ SLEEP = {"sqlite": "sleep", "postgresql": "pg_sleep"}
 """The SQL function that takes its time, per database; SQLite's is ours."""
 
 SIMULATED_CONNECT_SECONDS = 0.02
+
+# Drivers for asyncio pass on what the network raises; before Python 3.11 its timeout is no OSError.
+FAILURES = (exc.SQLAlchemyError, OSError, asyncio.TimeoutError)
+"""What a request can meet when the database is not well."""
 
 clock = time.monotonic
 
@@ -101,9 +122,17 @@ class Plan:
 Group = Literal["web", "job", "report", "burst"]
 
 
+class Step(NamedTuple):
+    """What a caller does next: wait until a moment, then keep a connection busy for a while."""
+
+    at: float
+    kind: Kind
+    seconds: float
+
+
 @dataclass(eq=False)
 class Caller:
-    """One thread of the load."""
+    """One thread or task of the load."""
 
     group: Group
     kinds: Sequence[Kind]
@@ -126,30 +155,26 @@ class Caller:
         waits = [request.wait_seconds for request in self.requests]
         return sum(waits) / len(waits) if waits else 0.0
 
-    def run(self, load: Load) -> None:
-        """Ask, use, give back and think, until the time is over."""
+    def steps(self, began_at: float) -> Iterator[Step]:
+        """Give what it does, one step after the other; who carries them out ends it."""
         random = self.random
         parts = [kind.part for kind in self.kinds]
-        if load.is_over_at(load.began_at + self.starts_at):
-            return
+        at = began_at + self.starts_at
         while self.most is None or len(self.requests) < self.most:
             (kind,) = random.choices(self.kinds, parts)
-            self._ask(load, kind, random.uniform(kind.shortest, kind.longest))
-            think = random.expovariate(1.0) * self.think_seconds
-            if load.is_over_at(clock() + think):
-                return
+            yield Step(at, kind, random.uniform(kind.shortest, kind.longest))
+            at = clock() + random.expovariate(1.0) * self.think_seconds
 
-    def _ask(self, load: Load, kind: Kind, seconds: float) -> None:
+    @contextmanager
+    def asking(self, kind: Kind, load: Load) -> Iterator[Request]:
+        """Write down a request; whoever makes it in the block says when it had its connection."""
         request = self.present = Request(kind.label, clock())
         try:
-            with held_by(kind.label), load.engine.connect() as connection:
-                request.had_at = clock()
-                load.query(connection, seconds)
-                if kind.commits:
-                    connection.commit()
+            with held_by(kind.label):
+                yield request
         except exc.TimeoutError:
             request.failure = "timeout"
-        except exc.SQLAlchemyError as error:
+        except FAILURES as error:
             request.failure = "error"
             load.last_error = error
         request.ended_at = clock()
@@ -170,22 +195,36 @@ class Moment(NamedTuple):
     longest_seconds: float
 
 
-class Load:
-    """One run of a plan on one engine."""
+class Load(ABC):
+    """One run of a plan on one engine; the subclasses make callers of threads or of tasks."""
+
+    each_caller: str
+    """What a caller is, in words."""
 
     def __init__(self, engine: Engine, plan: Plan) -> None:
-        self.engine = engine
         self.plan = plan
         self.callers = list(plan.callers())
         self.began_at = 0.0
         self.opened = 0
         self.closed = 0
-        self.last_error: exc.SQLAlchemyError | None = None
+        self.last_error: Exception | None = None
+        self.sleep = text(f"SELECT {SLEEP[engine.dialect.name]}(:seconds)")
+        """Keeps the database busy for so long."""
         self._counting = threading.Lock()
-        self._is_over = threading.Event()
-        self._sleep = text(f"SELECT {SLEEP[engine.dialect.name]}(:seconds)")
         event.listen(engine, "connect", self._count_opened)
         event.listen(engine, "close", self._count_closed)
+        if engine.dialect.name == "sqlite":
+            self._teach_sleep(engine)
+
+    @property
+    @abstractmethod
+    def pool(self) -> Pool:
+        """The pool that is measured."""
+
+    @property
+    def name(self) -> str:
+        """The kind of pool."""
+        return type(self.pool).__name__
 
     def _count_opened(self, *_: object) -> None:
         with self._counting:
@@ -195,44 +234,46 @@ class Load:
         with self._counting:
             self.closed += 1
 
-    def query(self, connection: Connection, seconds: float) -> None:
-        """Keep the database busy for so long."""
-        connection.execute(self._sleep, {"seconds": seconds})
+    def _teach_sleep(self, engine: Engine) -> None:
+        """Give SQLite what a database server has: queries and connecting that take time."""
 
-    def is_over_at(self, moment: float) -> bool:
-        """Sleep until then, or until the load is over; return whether it is."""
-        return self._is_over.wait(max(0.0, moment - clock()))
+        @event.listens_for(engine, "connect")
+        def add_function(dbapi_connection: Any, _record: object) -> None:
+            dbapi_connection.create_function("sleep", 1, time.sleep)
 
+    @abstractmethod
     def begin(self) -> None:
         """Open the first connection, by which the database is known to be there.
 
-        :raises sqlalchemy.exc.SQLAlchemyError: if it is not.
+        :raises sqlalchemy.exc.SQLAlchemyError: if it is not, or OSError.
         """
-        with self.engine.connect() as connection:
-            self.query(connection, 0.0)
 
     def run(self, show: Callable[[Moment], None], every: float) -> None:
         """Run the load, and call ``show`` every so many seconds.
 
         Who still waits when the time is over is waited for: its wait belongs to the result.
         """
-        threads = [
-            threading.Thread(target=caller.run, args=(self,), daemon=True)
-            for caller in self.callers
-        ]
         self.began_at = clock()
         over_at = self.began_at + self.plan.seconds
         try:
-            for thread in threads:
-                thread.start()
+            self._start()
             while (left := over_at - clock()) > 0:
                 time.sleep(min(every, left))
                 show(self.moment())
         finally:
-            self._is_over.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            self._finish()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Set all callers going."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Tell the callers that the time is over, and wait for them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close all connections; nothing is left running.  Twice is as good as once."""
 
     def moment(self) -> Moment:
         """Return how things stand now, as far as one sees without stopping the callers."""
@@ -242,13 +283,14 @@ class Load:
         ended = [request for caller in self.callers for request in tuple(caller.requests)]
         waits = sorted(request.wait_seconds for request in ended)
         longest_present = max((now - request.asked_at for request in asking), default=0.0)
-        held = len(busy) - len(asking)
         is_open = self.opened - self.closed
+        # what one caller has given back, the next may have before the first has written it down
+        held = min(len(busy) - len(asking), is_open)
         return Moment(
             seconds=now - self.began_at,
             waiting=len(asking),
             checked_out=held,
-            idle=max(0, is_open - held),
+            idle=is_open - held,
             open=is_open,
             served=sum(request.had_at is not None for request in ended),
             p99_seconds=percentile(waits, 0.99),
@@ -275,15 +317,3 @@ class Load:
             opened=self.opened,
             labels=shares(requests),
         )
-
-
-def teach_sleep(engine: Engine) -> None:
-    """Give SQLite what a database server has: queries and connecting that take time."""
-
-    @event.listens_for(engine, "connect")
-    def add_function(dbapi_connection: Any, _record: object) -> None:
-        dbapi_connection.create_function("sleep", 1, time.sleep)
-
-    @event.listens_for(engine, "do_connect")
-    def take_time(*_: object) -> None:
-        time.sleep(SIMULATED_CONNECT_SECONDS)

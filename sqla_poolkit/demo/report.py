@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..core.snapshot import PoolInterval
 from .figures import NOBODY, Share, Summary
-from .load import POOL_SETTINGS, SIMULATED_CONNECT_SECONDS, Plan
+from .load import POOL_SETTINGS, SIMULATED_CONNECT_SECONDS, Load
 from .screens import Table, duration
 
 __all__ = ["Result", "about", "conclusions", "figures", "who_made_whom_wait"]
@@ -23,13 +24,14 @@ class Result(NamedTuple):
     pool: str
     summary: Summary
     books: PoolInterval | None
-    """What the pool itself wrote down; QueuePool writes nothing down."""
+    """What the pool itself wrote down; SQLAlchemy's pools write nothing down."""
 
 
-def about(place: str, plan: Plan, *, is_sqlite: bool) -> Iterator[str]:
+def about(place: str, loads: Sequence[Load], *, is_sqlite: bool) -> Iterator[str]:
     """Say on what the load runs, and what of it is simulated."""
+    plan = loads[0].plan
     limit = POOL_SETTINGS["pool_size"] + POOL_SETTINGS["max_overflow"]
-    yield "The same load on QueuePool and on ManagedPool"
+    yield f"The same load on {' and on '.join(load.name for load in loads)}"
     yield ""
     yield f"  database   {place}"
     if is_sqlite:
@@ -44,6 +46,7 @@ def about(place: str, plan: Plan, *, is_sqlite: bool) -> Iterator[str]:
     yield f"             {plan.jobs} jobs: row after row without a pause, a checkout for each"
     yield f"             {plan.reports} reports: long queries"
     yield f"             {plan.burst} callers more, all at once, after {plan.burst_at:g} s"
+    yield f"  callers    {loads[0].each_caller}"
     yield "  measured   by the callers; a wait is the time from asking for a connection"
     yield "             to having it"
     yield ""
@@ -90,10 +93,17 @@ def who_made_whom_wait(one: Result, other: Result) -> Table:
     heads = [
         f"{what}\n{pool}"
         for what in ("served", "waited", "made wait")
-        for pool in (one.pool, other.pool)
+        for pool in _stacked([one.pool, other.pool])
     ]
     title = "Who made whom wait (at each instant the waiting is split over those who hold)"
     return Table(title, ("", *heads), rows)
+
+
+def _stacked(pools: Sequence[str]) -> list[str]:
+    """Break the long names of asyncio's pools into lines as short as the names of the others."""
+    stacks = [re.sub(r"(?<=[a-z])(?=[A-Z])(?!Pool)", "\n", pool) for pool in pools]
+    height = max(stack.count("\n") for stack in stacks)
+    return ["\n" * (height - stack.count("\n")) + stack for stack in stacks]
 
 
 def _share(labels: dict[str, Share], name: str) -> Share:

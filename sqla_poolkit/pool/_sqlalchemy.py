@@ -357,10 +357,11 @@ def why_unsuitable(pool: Pool) -> str | None:
         return None
     database = str(positional[0])
     if database in ("", ":memory:") or "mode=memory" in database or ":memory:" in database:
+        per_thread = "" if dialect.is_async else "or SingletonThreadPool (one per thread) "
         return (
             "an in-memory SQLite database lives in one connection, so a pool of several would be "
-            "several databases; use poolclass=StaticPool (one connection shared by all) or "
-            "SingletonThreadPool (one per thread) from sqlalchemy.pool, or a database file"
+            "several databases; use poolclass=StaticPool (one connection shared by all) "
+            f"{per_thread}from sqlalchemy.pool, or a database file"
         )
     if named.get("check_same_thread", True) is True and "check_same_thread" in named:
         return (

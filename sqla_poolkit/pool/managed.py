@@ -57,8 +57,8 @@ class Managed(QueuePoolNames, BasePool):
         None: no limit.
     :param max_connecting: connection attempts in flight at a time.  Default 3.
     :param ping_after: a connection idle for longer is pinged before it is handed out, if its
-        driver's socket can be looked at meanwhile (psycopg2, psycopg); other drivers are pinged
-        at every checkout.  Default 1; 0 pings always.
+        driver's socket can be looked at meanwhile (psycopg2, psycopg, asyncpg); other drivers are
+        pinged at every checkout.  Default 1; 0 pings always.
     :param upkeep: ``"thread"`` (default), or ``"inline"`` where no background threads can run:
         callers then connect and close by themselves, so their deadline does not cover their own
         connect, and nothing is replaced or closed while nobody calls.

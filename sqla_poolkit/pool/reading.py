@@ -9,12 +9,13 @@ from ..errors import ArgumentError
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import Pool
 
 __all__ = ["snapshot"]
 
 
-def snapshot(engine: Engine | Pool) -> PoolSnapshot:
+def snapshot(engine: Engine | AsyncEngine | Pool) -> PoolSnapshot:
     """Return one consistent reading of an engine's pool.
 
     :param engine: an ``Engine``, an ``AsyncEngine``, or a pool itself.
@@ -25,8 +26,8 @@ def snapshot(engine: Engine | Pool) -> PoolSnapshot:
     if read is None:
         raise ArgumentError(
             f"{type(pool).__name__} keeps no books, so there is nothing to read; create the engine "
-            "with poolclass=ManagedPool, or with MonitoredQueuePool or MonitoredNullPool to keep "
-            "SQLAlchemy's own behaviour"
+            "with poolclass=ManagedPool (asyncio: AsyncManagedPool), or with MonitoredQueuePool "
+            "(AsyncMonitoredQueuePool) or MonitoredNullPool to keep SQLAlchemy's own behaviour"
         )
     reading: PoolSnapshot = read()
     return reading
