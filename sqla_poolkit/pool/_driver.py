@@ -45,15 +45,25 @@ if TYPE_CHECKING:
     from ..core.slots import Decision
     from .managed import Managed
 
-__all__ = ["Driver", "Job"]
+__all__ = ["Done", "Driver", "Job"]
 
 _AUDIT_SECONDS = 1.0
 _SHARE_SECONDS = 0.02
 
 
 _Got = TypeVar("_Got")
-Job = Callable[[Slot], "list[Decision]"]
-"""Does what takes long for a slot, and returns what was decided then."""
+Done = tuple["list[Decision]", "BaseException | None"]
+Job = Callable[[Slot], Done]
+"""Does what takes long for a slot; returns what was decided then, and what interrupted it.
+
+An interruption is no error of the database's: a cancelled task, KeyboardInterrupt.  The job has
+dealt with its slot all the same; if a caller did it with his own hands, he has to hear of it.
+"""
+
+
+def _interruption(error: BaseException) -> BaseException | None:
+    """Return an error that is none of the database's."""
+    return None if isinstance(error, Exception) else error
 
 
 def _record(slot: Any) -> ConnectionPoolEntry:
@@ -166,9 +176,7 @@ class Driver(ABC):
     def finish_checkout(self, got: Slot | Request) -> ConnectionPoolEntry:
         """Bring a checkout to its end that was not served at once, or that left work to do."""
         if self.machine.decisions:
-            with self.lock:
-                decisions = self.machine.take_decisions()
-            self._carry_out(decisions)
+            got = self._step(lambda _: got)
         if self.inbox:
             # a return that came in between found nobody waiting
             self.empty_inbox()
@@ -219,7 +227,12 @@ class Driver(ABC):
             self.take_returns()
             got = change(self.clock())
             decisions = self.machine.take_decisions()
-        self._carry_out(decisions)
+        try:
+            self._carry_out(decisions)
+        except BaseException as error:
+            if isinstance(got, Slot | Request):
+                self._abandon(got, error)
+            raise
         return got
 
     def hold_back(self, got: Slot | Request) -> None:
@@ -396,6 +409,7 @@ class Driver(ABC):
 
     def _do(self, todo: deque[Decision]) -> None:
         is_changed = False
+        interruption: BaseException | None = None
         while todo:
             decision = todo.popleft()
             if isinstance(decision, Wake):
@@ -403,9 +417,12 @@ class Driver(ABC):
                 continue
             is_changed = True
             job = self._connect if isinstance(decision, Open) else self._close
-            self._run(job, decision.slot, todo)
+            may_be_here = interruption is None and self._is_inline
+            interruption = self._run(job, decision.slot, todo, may_be_here) or interruption
         if is_changed:
             self._mind_growth()
+        if interruption is not None:
+            raise interruption
 
     def _carry_out_later(self, decisions: list[Decision]) -> None:
         """Wake who was served now; what takes long is not for who returns a connection."""
@@ -424,29 +441,36 @@ class Driver(ABC):
         if later:
             self._defer(later)
 
-    def _run(self, job: Job, slot: Slot, todo: deque[Decision]) -> None:
-        """Run a job in the background, or here where there is no background."""
-        if (self._is_inline and self._can_do_here(slot)) or not self._start(job, slot):
-            todo.extend(job(slot))
+    def _run(
+        self, job: Job, slot: Slot, todo: deque[Decision], may_be_here: bool
+    ) -> BaseException | None:
+        """Run a job here if it may be, or in the background, or here after all."""
+        is_here = may_be_here and self._can_do_here(slot)
+        if not is_here and self._start(job, slot):
+            return None
+        decisions, interruption = job(slot)
+        todo.extend(decisions)
+        return interruption
 
     def _work(self, job: Job, slot: Slot) -> None:
         """Do a job in the background; after a failed connect something is due soon again."""
-        self._carry_out(job(slot))
+        decisions, _ = job(slot)
+        self._carry_out(decisions)
         self._mind_growth()
 
     # -- connecting and closing --------------------------------------------------------------
 
-    def _connect(self, slot: Slot) -> list[Decision]:
+    def _connect(self, slot: Slot) -> Done:
         """Open a connection for a slot, in the background."""
         with self.lock:
             wanted = slot.state == CONNECTING and self.machine.starting(slot, self.clock())
             decisions = self.machine.take_decisions()
         if not wanted:
-            return decisions
+            return decisions, None
         try:
             record = self._open_record(self.current_pool())
         except BaseException as error:  # noqa: BLE001 - whatever it is, a caller waits for it
-            return decisions + self._attempt_failed(slot, error)
+            return decisions + self._attempt_failed(slot, error), _interruption(error)
         with self.lock:
             is_wanted = slot.state == CONNECTING
             if is_wanted:
@@ -455,7 +479,7 @@ class Driver(ABC):
             decisions += self.machine.take_decisions()
         if not is_wanted:
             record.close()
-        return decisions
+        return decisions, None
 
     def _attempt_failed(self, slot: Slot, error: BaseException) -> list[Decision]:
         """Say that an attempt in the background has failed, or was itself cancelled."""
@@ -543,19 +567,21 @@ class Driver(ABC):
         text = str(error).strip().partition("\n")[0]
         self.last_connect_error = f"{type(error).__name__}: {text}" if text else repr(error)
 
-    def _close(self, slot: Slot) -> list[Decision]:
+    def _close(self, slot: Slot) -> Done:
         """Close the connection of a ``closing`` slot."""
+        interruption = None
         record = slot.resource
         connection = record.dbapi_connection
         try:
             record.close()
         except BaseException as error:  # noqa: BLE001 - a listener's error must not keep the place
+            interruption = _interruption(error)
             self._close_failed(record, connection, error)
         with self.lock:
             if slot.state == CLOSING:
                 self._let_go(slot)
                 self.machine.closed(slot, self.clock())
-            return self.machine.take_decisions()
+            return self.machine.take_decisions(), interruption
 
     def _close_failed(
         self, record: ConnectionPoolEntry, connection: Any, error: BaseException
@@ -663,15 +689,20 @@ class Driver(ABC):
             self._spares.clear()
             self.machine.dispose(self.clock())
             decisions = self.machine.take_decisions()
-        others: list[Decision] = []
+        others: deque[Decision] = deque()
+        interruption: BaseException | None = None
         for decision in decisions:
-            if isinstance(decision, Close) and self._can_do_here(decision.slot):
-                others += self._close(decision.slot)
+            if isinstance(decision, Close):
+                may_be_here = interruption is None
+                ended = self._run(self._close, decision.slot, others, may_be_here)
+                interruption = ended or interruption
             else:
                 others.append(decision)
         with self.lock:
             self._spares.clear()
-        self._carry_out(others)
+        self._carry_out(list(others))
+        if interruption is not None:
+            raise interruption
 
     def retire_all(self, reason: CloseReason) -> None:
         """Retire every connection: idle ones now, the others when they come back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import weakref
 from collections import deque
@@ -42,6 +43,8 @@ class LoopDriver(Driver):
         super().__init__(config, lanes=0)
         self.find_holder = holder_finder(config.track, is_asyncio=True)
         self.caller = _sqlalchemy.current_greenlet()
+        self._cancellations = _sqlalchemy.cancellations()
+        _drivers.add(self)
         self._homes: dict[asyncio.AbstractEventLoop, _Home] = {}
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._leaks: deque[Hashable] = deque()
@@ -65,7 +68,7 @@ class LoopDriver(Driver):
             ) from None
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> Lane:
-        self._forget_closed_loops()
+        self.forget_closed_loops()
         with self.lock:
             home = self._homes.get(loop)
             if home is None:
@@ -106,7 +109,7 @@ class LoopDriver(Driver):
     def _start(self, job: Job, slot: Slot) -> bool:
         home: _Home = slot.lane.key
         if home.loop.is_closed():
-            self._forget_closed_loops()
+            self.forget_closed_loops()
         elif slot.state == CLOSING and not home.loop.is_running():
             # it may never run again
             self._close_without_its_loop(slot)
@@ -138,7 +141,7 @@ class LoopDriver(Driver):
             super()._abandon(got, error)
 
     def _is_cancellation(self, error: BaseException) -> bool:
-        return isinstance(error, asyncio.CancelledError | GeneratorExit)
+        return isinstance(error, self._cancellations)
 
     def _defer(self, decisions: list[Decision]) -> None:
         # a task can be started from anywhere, so nothing has to wait for the upkeep
@@ -150,7 +153,8 @@ class LoopDriver(Driver):
         if connection is not None:
             _sqlalchemy.forget_connection(record)
             abandon(connection)
-        self._carry_out(self._close(slot))
+        decisions, _ = self._close(slot)
+        self._carry_out(decisions)
 
     def _cut_off(self, connection: Any) -> None:
         if not _liveness.cut_off(connection):
@@ -174,7 +178,7 @@ class LoopDriver(Driver):
 
     def upkeep(self) -> float:
         """Do what is due; return in how many seconds to come again, infinity for never."""
-        self._forget_closed_loops()
+        self.forget_closed_loops()
         return super().upkeep()
 
     def _report_leaks(self) -> None:
@@ -187,7 +191,7 @@ class LoopDriver(Driver):
                 " at ".join(filter(None, (label, caller))) or "an unnamed caller",
             )
 
-    def _forget_closed_loops(self) -> None:
+    def forget_closed_loops(self) -> None:
         """Let go of connections that nobody can use or close any more: their loop is closed."""
         if not any(loop.is_closed() for loop in list(self._homes)):
             return
@@ -238,8 +242,17 @@ class LoopDriver(Driver):
 
     def snapshot(self) -> PoolSnapshot:
         """Return one consistent reading."""
-        self._forget_closed_loops()
+        self.forget_closed_loops()
         return super().snapshot()
+
+
+_drivers: weakref.WeakSet[LoopDriver] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    for driver in list(_drivers):
+        driver.forget_closed_loops()  # or the connections' own finalizers would complain
 
 
 class _Home:

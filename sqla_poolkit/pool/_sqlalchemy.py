@@ -33,6 +33,7 @@ __all__ = [
     "allow_terminate",
     "assign_slot",
     "await_only",
+    "cancellations",
     "connect_arguments",
     "connection_being_collected",
     "current_greenlet",
@@ -54,6 +55,8 @@ __all__ = [
 ]
 
 Creator = Callable[..., Any]
+
+_frame = sys._getframe  # inspect.currentframe would have to climb frame by frame
 
 
 class Record(_base._ConnectionRecord):
@@ -77,6 +80,12 @@ class Record(_base._ConnectionRecord):
         """
         try:
             super().invalidate(e, soft)
+        except BaseException as error:
+            # after a failed reset SQLAlchemy returns the record only if nothing interrupts this
+            interrupts = not isinstance(error, Exception)
+            if interrupts and self.in_use and _frame(1).f_code is _FINALIZE:
+                self.checkin()
+            raise
         finally:
             if self.slot is not None and self.dbapi_connection is not None:
                 # not under the pool's lock, but only the holder does this, to what it holds
@@ -190,6 +199,13 @@ def current_greenlet() -> Callable[[], Hashable]:
     return cast(Callable[[], Hashable], getcurrent)
 
 
+def cancellations() -> tuple[type[BaseException], ...]:
+    """Return what a task is ended with that somebody cancelled or that nobody will finish."""
+    from greenlet import GreenletExit  # late: only asyncio needs it
+
+    return (asyncio.CancelledError, GeneratorExit, GreenletExit)
+
+
 def missing_greenlet(name: str) -> exc.MissingGreenlet:
     """Return the error of a caller who is outside of SQLAlchemy's asyncio classes."""
     return exc.MissingGreenlet(
@@ -226,7 +242,7 @@ def end_connection(pool: Pool, connection: Any, *, terminate: bool) -> None:
 
 def connection_being_collected() -> Any:
     """Return the connection that the garbage collector is just now taking from a dropped proxy."""
-    frame: Any = sys._getframe(1)
+    frame: Any = _frame(1)
     for _ in range(_FRAMES_OF_A_DETACH):
         if frame is None:
             return None

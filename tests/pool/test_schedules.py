@@ -389,7 +389,7 @@ class World:
         if isinstance(error, PoolOverloaded):
             return "rejected"
         if isinstance(error, Interrupt):
-            return "cancelled" if str(error) in ("killed", "ping") else "failed"
+            return "cancelled" if str(error) in ("killed", "ping", "close") else "failed"
         if isinstance(error, PoolClosed | Error):
             return "failed"
         if self.pool_class is not ManagedPool and isinstance(error, exc.TimeoutError):
