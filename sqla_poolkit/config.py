@@ -67,7 +67,8 @@ class PoolConfig:
         """Return these settings with other limits; ``UNSET`` keeps the present one."""
         new_min = self.min_size if min_size is UNSET else _count("min_size", min_size)
         new_max = self.max_size if max_size is UNSET else _max_size("max_size", max_size)
-        config = replace(self, min_size=new_min, max_size=new_max)
+        pool_size = self.pool_size if new_max is None else min(self.pool_size, new_max)
+        config = replace(self, min_size=new_min, max_size=new_max, pool_size=pool_size)
         config.check_sizes()
         return config
 
@@ -128,12 +129,13 @@ def _reconcile_lifetime(given: dict[str, Any]) -> None:
     if seconds < 0 and seconds != -1:
         raise _wrong("pool_recycle", recycle, "seconds, or -1 for no limit")
     lifetime = None if seconds == -1 else seconds
-    if "max_lifetime" in given and given["max_lifetime"] != lifetime:
+    if "max_lifetime" not in given:
+        given["max_lifetime"] = lifetime
+    elif _seconds_or_none("max_lifetime", given["max_lifetime"]) != lifetime:
         raise ArgumentError(
             f"max_lifetime={given['max_lifetime']!r} and pool_recycle={recycle!r} contradict each "
             "other; they are two names of one setting, give one of them"
         )
-    given["max_lifetime"] = lifetime
 
 
 def _wrong(name: str, value: object, allowed: str) -> ArgumentError:
@@ -158,7 +160,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise _wrong(name, value, "an integer")
     try:
         return int(value)

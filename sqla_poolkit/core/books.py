@@ -172,6 +172,9 @@ class Books:
         self.rows[holder].wait_seconds += seconds
 
     def sort_records(self) -> None:
-        """Sort the durations of the hot path into their buckets."""
+        """Sort all durations into their buckets, so that none gathers without end."""
         self.checkout_time.sort()
         self.use_time.sort()
+        self.wait_time.sort()
+        self.failed_wait_time.sort()
+        self.connect_time.sort()

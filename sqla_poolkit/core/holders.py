@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from types import TracebackType
 
 __all__ = ["current_label", "held_by"]
 
 current_label: ContextVar[str | None] = ContextVar("sqla_poolkit_label", default=None)
+_outer_labels: ContextVar[tuple[str | None, ...]] = ContextVar("sqla_poolkit_labels", default=())
 
 
 class held_by:  # noqa: N801 - used like a function, as contextlib.suppress is
@@ -19,17 +20,18 @@ class held_by:  # noqa: N801 - used like a function, as contextlib.suppress is
             ...
 
     The label crosses the borders of threads and tasks as context variables do; the innermost one
-    counts.  Labels are rows in every snapshot: use the route, not the address with its ids.
+    counts.  Labels are rows in every snapshot: use the route, not the address with its ids.  One
+    object may be used again and again, also by several threads at a time.
     """
 
-    __slots__ = ("_label", "_token")
+    __slots__ = ("_label",)
 
     def __init__(self, label: str) -> None:
         self._label = str(label)
-        self._token: Token[str | None] | None = None
 
     def __enter__(self) -> held_by:
-        self._token = current_label.set(self._label)
+        _outer_labels.set((*_outer_labels.get(), current_label.get()))
+        current_label.set(self._label)
         return self
 
     def __exit__(
@@ -38,6 +40,6 @@ class held_by:  # noqa: N801 - used like a function, as contextlib.suppress is
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._token is not None:
-            current_label.reset(self._token)
-            self._token = None
+        *outer, label = _outer_labels.get()
+        _outer_labels.set(tuple(outer))
+        current_label.set(label)

@@ -25,6 +25,7 @@ class Lane:
         "connecting",
         "idle",
         "in_flight",
+        "is_asleep",
         "key",
         "owed",
         "pace",
@@ -46,6 +47,8 @@ class Lane:
         """Who waits, in the order in which they asked."""
         self.idle: deque[Slot] = deque()
         """Ordered by the time of return: the oldest stands first."""
+        self.is_asleep = False
+        """Nobody drives it at present: its event loop is stopped."""
         self.size = 0
         """Places in use, whatever their state."""
         self.connecting = 0

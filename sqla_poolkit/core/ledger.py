@@ -19,6 +19,8 @@ __all__ = ["Ledger"]
 
 Outcome = Literal["timeout", "failed", "cancelled"]
 
+_SORT_EACH = 512  # returns
+
 
 @dataclass(slots=True)
 class _Request:
@@ -167,6 +169,8 @@ class Ledger:
         if asking is None:
             return
         books = self.books
+        if len(books.failed_wait_time.gathered) >= _SORT_EACH:
+            books.sort_records()
         books.requesting -= 1
         if outcome == "timeout":
             books.timeouts += 1
@@ -182,6 +186,8 @@ class Ledger:
     def returned(self, now: float, place: Hashable) -> None:
         """Note that a place came back."""
         self._advance(now)
+        if len(self.books.use_time.gathered) >= _SORT_EACH:
+            self.books.sort_records()
         hold = self._holds.pop(place, None)
         link = self._at.get(place)
         if link is not None:
@@ -235,7 +241,7 @@ class Ledger:
         self._advance(now)
         if self._unlink(connection) is not None:
             self.books.count_close(reason)
-            self.books.invalidations += reason in ("invalidated", "generation")
+            self.books.invalidations += reason == "invalidated"
 
     def _unlink(self, connection: Hashable) -> _Link | None:
         link = self._links.pop(connection, None)
@@ -278,6 +284,7 @@ class Ledger:
             **self._gauges(),
             "oldest_wait_seconds": max((waits[request] for request in self._waiting), default=0.0),
             "waiting_seconds": sum(waits.values()),
+            "phase": "open",
             "max_size": max_size,
             "is_unlimited": max_size is None,
             "slots": tuple(self._read_slots(now, describe)),

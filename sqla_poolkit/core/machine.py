@@ -62,6 +62,7 @@ _REVIEW = -inf
 _MANY = 1 << 62
 _REPEAT_GROWTH = 0.01  # how often a queue that was thought short-lived is looked at again
 _SORT_EACH = 512  # uses of one slot
+_GRACE_SECONDS = 1.0  # so late a caller comes who is merely slow
 
 
 class Machine:
@@ -186,13 +187,31 @@ class Machine:
 
     def forget_lane(self, lane: Lane, now: float) -> None:
         """Give up a lane whose callers are gone for good and whose connections nobody can use."""
+        if self.waiting:
+            self.advance(now)
+        self.note_peak()
+        self.lanes.remove(lane)  # first, or it would grow while it is given up
+        self._look_for_short_cut()
         for request in list(lane.queue):
             self._leave_queue(request, now)
             self._fail(request, "cancelled")
         for slot in [slot for slot in self.slots if slot.lane is lane]:
             self._forget(slot, now)
-        self.lanes.remove(lane)
-        self._look_for_short_cut()
+        self._grow(now)
+
+    def put_to_sleep(self, lane: Lane, now: float) -> None:
+        """Start nothing more in a lane that nobody drives at present, nor wait for it.
+
+        The attempts under way there are given up, and the connections that are closing count as
+        closed; the driver has seen to them.  The next checkout wakes the lane.
+        """
+        lane.is_asleep = True
+        lane.owed = 0
+        for slot in [slot for slot in self.slots if slot.lane is lane]:
+            if slot.state == CONNECTING and not slot.is_own_connect:
+                self._forget_attempt(slot)
+            elif slot.state == CLOSING:
+                self.closed(slot, now)
         self._grow(now)
 
     def _forget(self, slot: Slot, now: float) -> None:
@@ -319,6 +338,7 @@ class Machine:
         """Find a slot that is no longer the first in line, or queue."""
         self.books.requesting += 1
         self.is_warm = True
+        lane.is_asleep = False
         timeout = self.config.timeout
         deadline = None if timeout is None else asked_at + timeout
         self._tickets += 1
@@ -694,12 +714,27 @@ class Machine:
         if slot.review_at <= now:
             self._review(slot, now)
         elif slot.lane.queue and self.phase == "open":
-            self._grant(slot, now)
+            if len(self.lanes) > 1 and self._is_due_elsewhere(slot):
+                self._vacating += 1
+                self._retire(slot, now, "loop")
+            else:
+                self._grant(slot, now)
         else:
             slot.state = IDLE
             slot.lane.idle.append(slot)
             if self.waiting:
                 self._grow(now)  # who waits in another lane may get this place
+
+    def _is_due_elsewhere(self, slot: Slot) -> bool:
+        """Tell whether a full pool has nothing for a lane whose head has waited longer."""
+        if len(self.slots) < self._limit or self._vacating:
+            return False
+        own = next(iter(slot.lane.queue)).ticket
+        return any(
+            next(iter(lane.queue)).ticket < own
+            for lane in self.lanes
+            if lane.queue and not lane.size and not lane.is_asleep
+        )
 
     def _review(self, slot: Slot, now: float) -> None:
         """Decide whether a connection that came free may stay."""
@@ -827,6 +862,8 @@ class Machine:
         return sorted(self.lanes, key=lambda lane: next((r.ticket for r in lane.queue), _MANY))
 
     def _grow_lane(self, lane: Lane, now: float) -> None:
+        if lane.is_asleep:
+            return
         if now < self._backoff.until and (lane.open or not lane.queue):
             return
         if lane.queue and self._callers_connect:
@@ -857,10 +894,14 @@ class Machine:
                 books.connect_time.sum_seconds / books.connects if books.connects else 0.1,
             )
         fill = 0
-        if self.is_warm and lane is self.lanes[-1]:
+        if self.is_warm and lane is self._newest_lane():
             elsewhere = self._in_turn - lane.in_turn
             fill = self.config.min_size - self.open - elsewhere
         return max(demand, fill, lane.owed + lane.in_flight["replacement"])
+
+    def _newest_lane(self) -> Lane | None:
+        """Return the lane that gets what is opened for nobody in particular."""
+        return next((lane for lane in reversed(self.lanes) if not lane.is_asleep), None)
 
     def _make_room(self, lane: Lane, places: int, now: float) -> None:
         """Have idle connections of other lanes closed for those who wait in this one."""
@@ -938,6 +979,9 @@ class Machine:
             self._retire(slot, now, slot.reason)
         elif len(self.slots) - self.closing > self._limit:
             self._retire(slot, now, "resize")
+        elif slot.lane.queue and self.phase == "open":
+            # once at least it is used, however short its life
+            self._grant(slot, now)
         else:
             self._offer(slot, now)
         self._grow(now)
@@ -1055,7 +1099,7 @@ class Machine:
         slot.reason = reason
         self.closing += 1
         slot.lane.closing += 1
-        if reason in ("age", "uses") and not slot.is_replaced:
+        if reason in ("age", "uses") and not slot.is_replaced and not slot.lane.is_asleep:
             slot.lane.owed += 1
         self.decisions.append(Close(slot))
 
@@ -1084,12 +1128,22 @@ class Machine:
         if self.waiting:
             self.advance(now)
         self.books.sort_records()
+        self._end_overdue(now)
         if self.phase != "closed":
             self._retire_idle(now)
             self._retire_aged(now)
             self._give_up_turns(now)
             self._grow(now)
         return self.next_tick(now)
+
+    def _end_overdue(self, now: float) -> None:
+        """End requests long past their deadline: whoever asked is gone without a word."""
+        for lane in self.lanes:
+            while lane.queue:
+                request = next(iter(lane.queue))
+                if request.deadline is None or now < request.deadline + _GRACE_SECONDS:
+                    break
+                self._fail_waiting(request, now, "timeout")
 
     def next_tick(self, now: float) -> float:
         """Return when ``tick`` should be called, at the latest; infinity if nothing can be due."""
@@ -1099,7 +1153,8 @@ class Machine:
         is_wanted = any(lane.owed for lane in self.lanes) or (self.is_warm and config.min_size)
         if not self.slots and (self.phase == "closed" or not is_wanted):
             return inf
-        pause = 5.0
+        # what is held may get lost, which only a look from time to time finds out
+        pause = 1.0 if self.open > self.idle else 5.0
         for period, parts in (
             (config.idle_timeout, 8),
             (config.max_lifetime, 32),

@@ -94,9 +94,10 @@ class PoolSnapshot:
     """One consistent reading of a pool.
 
     Taken under the pool's lock, so it always adds up: ``open = idle + checked_out + checking``,
-    ``open + connecting + closing <= max_size``, ``connects - sum(closes) - detached - forgotten =
-    open + closing`` and ``requests = checkouts + timeouts + rejected + cancelled + failed +
-    unavailable + requesting``.  ``None`` means that this kind of pool cannot know.
+    ``open + connecting + closing <= max_size`` (where the pool is ours), ``connects - sum(closes) -
+    detached - forgotten = open + closing`` and ``requests = checkouts + timeouts + rejected +
+    cancelled + failed + unavailable + requesting``.  ``None`` means that this kind of pool cannot
+    know.
 
     ``later - earlier`` is a :class:`PoolInterval`; :meth:`merge` puts several processes together.
     """
@@ -109,6 +110,8 @@ class PoolSnapshot:
     uptime_seconds: float
     settings: Mapping[str, Any]
 
+    phase: str
+    """``open``, ``paused`` (nothing is handed out) or ``closed`` (for good)."""
     open: int
     """Connections open: idle, checked out or being checked."""
     idle: int
@@ -210,6 +213,7 @@ class PoolSnapshot:
             pid=None,
             taken_at=max(snapshot.taken_at for snapshot in each),
             uptime_seconds=max(snapshot.uptime_seconds for snapshot in each),
+            phase=first.phase if len({s.phase for s in each}) == 1 else "mixed",
             settings={
                 key: value
                 for key, value in first.settings.items()
@@ -377,6 +381,7 @@ def read_machine(
         **read_books(books, now),
         **read_rows(books, holds + queued, describe, has_callers=has_callers),
         "settings": config.public(),
+        "phase": machine.phase,
         "open": machine.open,
         "idle": machine.idle,
         "checked_out": machine.checked_out,
@@ -384,7 +389,9 @@ def read_machine(
         "connecting": machine.connecting,
         "closing": machine.closing,
         "waiting": machine.waiting,
-        "oldest_wait_seconds": max((seconds for _, seconds in waits), default=0.0),
+        "oldest_wait_seconds": max(
+            (seconds for _, seconds in waits[: machine.waiting]), default=0.0
+        ),
         "waiting_seconds": sum(seconds for _, seconds in waits),
         "min_size": config.min_size,
         "max_size": config.max_size,

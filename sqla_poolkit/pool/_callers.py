@@ -68,20 +68,32 @@ def _application_frame(frame: FrameType | None) -> FrameType | None:
     return None
 
 
+def _first_frame(depth: int) -> FrameType:
+    try:
+        return _caller(depth + 1)
+    except ValueError:
+        # the thread or greenlet begins with the pool's own method
+        return _caller(1)
+
+
 def _first_place() -> Holder:
-    return _place(_application_frame(_caller(_FRAMES_OF_A_CHECKOUT)))
+    return _place(_application_frame(_first_frame(_FRAMES_OF_A_CHECKOUT)))
 
 
 def _asyncio_place() -> Holder:
-    return _place(_application_frame(_caller(_FRAMES_IN_A_GREENLET)) or _frame_behind_greenlet())
+    return _place(
+        _application_frame(_first_frame(_FRAMES_IN_A_GREENLET)) or _frame_behind_greenlet()
+    )
 
 
 def _whole_stack() -> Holder:
-    return _stack(_application_frame(_caller(_FRAMES_OF_A_CHECKOUT)))
+    return _stack(_application_frame(_first_frame(_FRAMES_OF_A_CHECKOUT)))
 
 
 def _asyncio_stack() -> Holder:
-    return _stack(_application_frame(_caller(_FRAMES_IN_A_GREENLET)) or _frame_behind_greenlet())
+    return _stack(
+        _application_frame(_first_frame(_FRAMES_IN_A_GREENLET)) or _frame_behind_greenlet()
+    )
 
 
 def _frame_behind_greenlet() -> FrameType | None:

@@ -33,11 +33,11 @@ from ..core.slots import (
     Wake,
 )
 from ..core.snapshot import PoolSnapshot, read_machine
-from ..errors import PoolClosed, PoolMisuse, PoolTimeout
+from ..errors import PoolClosed, PoolMisuse
 from . import _liveness, _sqlalchemy, _sync
 from ._callers import describe_holder
 from ._collector import collect_garbage
-from ._messages import overloaded_error, timeout_error
+from ._messages import describe_error, not_ready_error, overloaded_error, timeout_error
 from ._sqlalchemy import ConnectionPoolEntry, assign_slot, slot_of
 
 if TYPE_CHECKING:
@@ -208,10 +208,10 @@ class Driver(ABC):
         self._step(partial(self.machine.abandon, got, error=error))
 
     def refuse_nested(self) -> None:
-        """Refuse a checkout that the garbage collector makes while this thread holds the lock."""
+        """Refuse what the garbage collector asks for while this thread holds the lock."""
         raise PoolMisuse(
-            f"a connection of pool {self.config.name!r} was asked for by a finalizer that ran in "
-            "the middle of the pool's own work; do not use the database in __del__"
+            f"pool {self.config.name!r} was used by a finalizer that ran in the middle of the "
+            "pool's own work; do not use the database, nor look at the pool, in __del__"
         )
 
     def _refuse(self) -> None:
@@ -223,6 +223,8 @@ class Driver(ABC):
 
     def _step(self, change: Callable[[float], _Got]) -> _Got:
         """Make one change under the lock, and carry out what it decides."""
+        if self.holds_lock():
+            self.refuse_nested()
         with self.lock:
             self.take_returns()
             got = change(self.clock())
@@ -277,9 +279,7 @@ class Driver(ABC):
             return PoolClosed(self._closed_message())
         waited = self.clock() - request.asked_at
         if request.failure == "rejected":
-            with self.lock:
-                gauges = self._gauges()
-            return overloaded_error(self.config, gauges)
+            return overloaded_error(self.config, self._step(lambda _: self._gauges()))
         return timeout_error(self._recent_snapshot(), waited, self.last_connect_error)
 
     def _recent_snapshot(self) -> PoolSnapshot:
@@ -330,11 +330,11 @@ class Driver(ABC):
 
     def confirm(self, record: ConnectionPoolEntry | None) -> None:
         """Count a checkout as served after its listeners agreed."""
-        with self.lock:
-            slot = None if record is None else slot_of(record)
-            if slot is not None:
-                self.machine.confirm(slot)
-        self.empty_inbox()
+        slot = None if record is None else slot_of(record)
+        if slot is not None:
+            self._step(lambda _: self.machine.confirm(slot))
+        else:
+            self.empty_inbox()
 
     # -- checkin -----------------------------------------------------------------------------
     #
@@ -465,6 +465,8 @@ class Driver(ABC):
         with self.lock:
             wanted = slot.state == CONNECTING and self.machine.starting(slot, self.clock())
             decisions = self.machine.take_decisions()
+        if self.machine.is_pressed:
+            self.empty_inbox()  # a return that came in meanwhile shall not wait for the connect
         if not wanted:
             return decisions, None
         try:
@@ -517,10 +519,9 @@ class Driver(ABC):
 
     def lend_late(self, pool: Managed, record: ConnectionPoolEntry) -> None:
         """Have a connection closed on its return that a pool with a living successor handed out."""
-        with self.lock:
-            slot = slot_of(record)
-            if slot is not None and self._pool() is not pool:
-                self.machine.doom(slot, "disposed")
+        slot = slot_of(record)
+        if slot is not None and self._pool() is not pool:
+            self._step(lambda _: self.machine.doom(slot, "disposed"))
 
     def _pool(self) -> Managed | None:
         alive = (reference() for reference in reversed(self._pools))
@@ -564,8 +565,9 @@ class Driver(ABC):
             return None
 
     def _remember_error(self, error: BaseException) -> None:
-        text = str(error).strip().partition("\n")[0]
-        self.last_connect_error = f"{type(error).__name__}: {text}" if text else repr(error)
+        pool = self._pool()
+        known = () if pool is None else _sqlalchemy.public_words(pool)
+        self.last_connect_error = describe_error(error, known)
 
     def _close(self, slot: Slot) -> Done:
         """Close the connection of a ``closing`` slot."""
@@ -603,10 +605,9 @@ class Driver(ABC):
 
     def reconnected(self, record: ConnectionPoolEntry, seconds: float) -> None:
         """Note that a checked out record was given a new connection by SQLAlchemy."""
-        with self.lock:
-            slot = slot_of(record)
-            if slot is not None:
-                self.machine.reconnected(slot, self.clock(), seconds)
+        slot = slot_of(record)
+        if slot is not None:
+            self._step(lambda now: self.machine.reconnected(slot, now, seconds))
 
     # -- upkeep ------------------------------------------------------------------------------
 
@@ -631,6 +632,17 @@ class Driver(ABC):
         self._carry_out(decisions)
         return next_tick - now
 
+    def look_after(self) -> float:
+        """Do the upkeep, whatever happens; return in how many seconds to come again."""
+        try:
+            return self.upkeep()
+        except BaseException:
+            # one bad round must not be the last
+            pool = self._pool()
+            if pool is not None:
+                pool.logger.exception("The upkeep of the pool failed; it goes on")
+            return _AUDIT_SECONDS
+
     def _is_stuck(self, now: float) -> bool:
         """Tell whether callers wait although nothing came back for half of their time."""
         returns = self.machine.books.use_time.count
@@ -653,7 +665,7 @@ class Driver(ABC):
             if slot.state != CHECKED_OUT or slot.request is not None:
                 continue
             record = slot.resource
-            if _sqlalchemy.is_referenced(record):
+            if record is not None and _sqlalchemy.is_referenced(record):
                 continue
             before = self._suspects.get(slot)
             if before is None or before[0] != slot.uses:
@@ -661,11 +673,12 @@ class Driver(ABC):
                 continue
             suspects[slot] = before
             if now - before[1] >= patience and not self._is_being_handled(slot):
-                if record.dbapi_connection is not None:
+                if record is not None and record.dbapi_connection is not None:
                     self.machine.checkin(slot, now, "leaked")
-                else:
+                    continue
+                if record is not None:
                     self._let_go(slot)
-                    self.machine.checkin(slot, now, "lost")
+                self.machine.checkin(slot, now, "lost")
         self._suspects = suspects
 
     def _patience(self) -> float:
@@ -675,11 +688,7 @@ class Driver(ABC):
     # -- from the owner of the pool ----------------------------------------------------------
 
     def _change(self, change: Callable[[float], object]) -> None:
-        with self.lock:
-            self.take_returns()
-            change(self.clock())
-            decisions = self.machine.take_decisions()
-        self._carry_out(decisions)
+        self._step(change)
         self._mind_growth()
 
     def dispose(self) -> None:
@@ -734,17 +743,15 @@ class Driver(ABC):
 
     def wait_ready(self, seconds: float | None) -> None:
         """Wait until ``min_size`` connections are open."""
-        self._change(self.machine.warm)
-        if not self._watch(lambda: self.machine.open >= self.config.min_size, seconds):
-            gauges = self._gauges()
-            failure = f"; the last attempt ended in {self.last_connect_error}"
-            raise PoolTimeout(
-                f"pool {self.config.name!r} is not ready after {seconds:.2f} s: "
-                f"{gauges['open']} of min_size={self.config.min_size} connections are open"
-                + (failure if self.last_connect_error else "")
-                + ". Check that the database accepts connections, or allow more time",
-                self.snapshot(),
-            )
+        machine = self.machine
+        self._change(machine.warm)
+        is_ready = self._watch(
+            lambda: machine.is_closed or machine.open >= self.config.min_size, seconds
+        )
+        if machine.is_closed:
+            self._refuse()
+        if not is_ready:
+            raise not_ready_error(self.snapshot(), seconds, self.last_connect_error)
 
     def close(self, seconds: float | None) -> None:
         """Close for good: fail who waits, wait for the holders, then cut them off."""
@@ -777,16 +784,10 @@ class Driver(ABC):
     def snapshot(self) -> PoolSnapshot:
         """Return one consistent reading."""
         pool = self._pool()
-        with self.lock:
-            self.take_returns()
-            values = read_machine(
-                self.machine,
-                self.clock(),
-                describe_holder,
-                has_callers=self.config.track != "label",
-            )
-            decisions = self.machine.take_decisions()
-        self._carry_out(decisions)
+        has_callers = self.config.track != "label"
+        values = self._step(
+            lambda now: read_machine(self.machine, now, describe_holder, has_callers=has_callers)
+        )
         return PoolSnapshot(
             name=self.config.name,
             pool_class=type(pool).__name__,
@@ -797,29 +798,25 @@ class Driver(ABC):
 
     def readings(self) -> tuple[int, int, int]:
         """Return the places that are (free, taken, empty) as one reading, for ``status()``."""
-        with self.lock:
-            self.take_returns()
-            machine = self.machine
-            held = machine.checked_out + machine.checking
-            free = machine.idle + machine.closing
-            reading = free, held, len(self._spares)
-            decisions = machine.take_decisions()
-        self._carry_out(decisions)
-        return reading
+        machine = self.machine
+        return self._step(
+            lambda _: (
+                machine.idle + machine.closing,
+                machine.checked_out + machine.checking,
+                len(self._spares),
+            )
+        )
 
     def idle_records(self) -> deque[ConnectionPoolEntry]:
         """Return the records that are not in use, the empty ones last."""
-        self.empty_inbox()
-        with self.lock:
-            return deque(
-                [s.resource for lane in self.machine.lanes for s in lane.idle] + self._spares
-            )
+        machine = self.machine
+        idle = self._step(lambda _: [s.resource for lane in machine.lanes for s in lane.idle])
+        return deque(idle + self._spares)
 
     def keep_spares(self, records: Iterable[ConnectionPoolEntry]) -> None:
         """Keep only those of the empty records that are named."""
         named = list(records)
-        with self.lock:
-            self._spares = [record for record in self._spares if record in named]
+        self._spares = [record for record in self._spares if record in named]
 
     def name(self, name: str) -> None:
         """Give the pool its name."""
@@ -837,9 +834,13 @@ class Driver(ABC):
             if record.dbapi_connection is not None:
                 _liveness.lay_dead(record.dbapi_connection)
                 _graveyard.append(record.dbapi_connection)
-        pools = self._pools
+        pools, phase = self._pools, self.machine.phase
         type(self).__init__(self, self.config)  # type: ignore[call-arg]
         self._pools = pools
+        if phase == "closed":
+            self.machine.close(self.clock())
+        elif phase == "paused":
+            self.machine.pause()
         for pool in filter(None, (reference() for reference in pools)):
             _sqlalchemy.release_first_connect(pool)
 

@@ -110,12 +110,34 @@ class LoopDriver(Driver):
         home: _Home = slot.lane.key
         if home.loop.is_closed():
             self.forget_closed_loops()
-        elif slot.state == CLOSING and not home.loop.is_running():
-            # it may never run again
-            self._close_without_its_loop(slot)
+        elif not home.loop.is_running():
+            self._put_stopped_loops_to_sleep()
         else:
             home.soon(home.begin, self._work_on_loop, job, slot)
         return True
+
+    def _put_stopped_loops_to_sleep(self) -> None:
+        """Expect nothing of loops that are stopped, for they may never run again.
+
+        What they were closing is cut off, what they were opening is given up.
+        """
+        for home in list(self._homes.values()):
+            lane = home.lane
+            has_rest = not lane.is_asleep or lane.connecting or lane.closing
+            if home.loop.is_running() or home.loop.is_closed() or not has_rest:
+                continue
+            with self.lock:
+                closing = [
+                    slot.resource
+                    for slot in self.machine.slots
+                    if slot.lane is lane and slot.state == CLOSING
+                ]
+            for record in filter(None, closing):
+                connection = record.dbapi_connection
+                if connection is not None:
+                    _sqlalchemy.forget_connection(record)
+                    abandon(connection)
+            self._step(partial(self.machine.put_to_sleep, lane))
 
     async def _work_on_loop(self, job: Job, slot: Slot) -> None:
         await _sqlalchemy.greenlet_spawn(self._work, job, slot)
@@ -147,15 +169,6 @@ class LoopDriver(Driver):
         # a task can be started from anywhere, so nothing has to wait for the upkeep
         self._carry_out(decisions)
 
-    def _close_without_its_loop(self, slot: Slot) -> None:
-        record = slot.resource
-        connection = record.dbapi_connection
-        if connection is not None:
-            _sqlalchemy.forget_connection(record)
-            abandon(connection)
-        decisions, _ = self._close(slot)
-        self._carry_out(decisions)
-
     def _cut_off(self, connection: Any) -> None:
         if not _liveness.cut_off(connection):
             abandon(connection)
@@ -163,8 +176,6 @@ class LoopDriver(Driver):
     # -- upkeep ------------------------------------------------------------------------------
 
     def _mind_growth(self) -> None:
-        if self._is_inline:
-            return
         due_at = self.machine.next_tick(self.clock())
         here = asyncio._get_running_loop()  # noqa: SLF001 - get_running_loop raises where none is
         home = self._homes.get(here) if here is not None else None
@@ -179,6 +190,7 @@ class LoopDriver(Driver):
     def upkeep(self) -> float:
         """Do what is due; return in how many seconds to come again, infinity for never."""
         self.forget_closed_loops()
+        self._put_stopped_loops_to_sleep()
         return super().upkeep()
 
     def _report_leaks(self) -> None:
@@ -331,7 +343,8 @@ class _Home:
         driver = self._driver()
         if driver is None:
             return
-        pause = driver.upkeep()
+        self.lane.is_asleep = False
+        pause = driver.look_after()
         if pause != inf and self.due_at == inf:
             self._set_timer(driver.clock() + pause)
 

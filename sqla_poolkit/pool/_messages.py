@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 
 from ..config import PoolConfig
 from ..core.snapshot import PoolSnapshot, SlotReading
 from ..errors import PoolOverloaded, PoolTimeout
 
-__all__ = ["overloaded_error", "timeout_error"]
+__all__ = ["describe_error", "not_ready_error", "overloaded_error", "timeout_error"]
 
 _LONGEST_HOLDERS = 3
+_QUOTED = re.compile(r"([\"'])(.*?)\1")
+
+
+def describe_error(error: BaseException, known: Container[str]) -> str:
+    """Return a driver's error in a line that may be shown to anybody.
+
+    What it quotes may be a part of a password, so only words that are ``known`` stay.
+    """
+    text = str(error).strip().partition("\n")[0]
+
+    def shown(match: re.Match[str]) -> str:
+        quote, word = match.groups()
+        return f"{quote}{word if word in known else '...'}{quote}"
+
+    text = _QUOTED.sub(shown, text)
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
 
 
 def timeout_error(
@@ -42,9 +60,14 @@ def _state(snapshot: PoolSnapshot) -> str:
         f"{snapshot.checked_out} checked out",
         f"{snapshot.idle} idle",
         f"{snapshot.connecting} connecting",
-        f"{snapshot.waiting} still waiting",
     ]
-    return f"{', '.join(counts)}, {limit}"
+    if snapshot.checking:
+        counts.append(f"{snapshot.checking} being pinged")
+    if snapshot.closing:
+        counts.append(f"{snapshot.closing} closing")
+    counts.append(f"{snapshot.waiting} still waiting")
+    phase = "" if snapshot.phase == "open" else f"the pool is {snapshot.phase}, "
+    return f"{phase}{', '.join(counts)}, {limit}"
 
 
 def _holder(slot: SlotReading) -> str:
@@ -55,16 +78,38 @@ def _holder(slot: SlotReading) -> str:
 
 
 def _advice(snapshot: PoolSnapshot) -> str:
+    if snapshot.phase == "paused":
+        return "What to do: call pool.resume(), or pause for less than pool_timeout."
     if not snapshot.open:
         return (
             "What to do: 1. see whether the database accepts connections and how long connecting "
             "takes; 2. if it is slow but sure, raise pool_timeout."
+        )
+    if not snapshot.checked_out:
+        return (
+            "What to do: see whether the database answers: nobody holds a connection, but those "
+            "that are open do not answer a ping, or are not closed yet."
         )
     return (
         "What to do: 1. look at the holders: a connection kept over a slow call, or never given "
         "back, makes everybody wait; 2. if all of them are quick, more connections are used at "
         "once than there are: raise max_size (or pool_size and max_overflow) as far as the "
         "database bears; 3. see pool.snapshot() for who made whom wait."
+    )
+
+
+def not_ready_error(
+    snapshot: PoolSnapshot, waited: float | None, last_connect_error: str | None
+) -> PoolTimeout:
+    """Return the error of somebody who waited in vain for ``min_size`` connections."""
+    failure = f"; the last attempt ended in {last_connect_error}" if last_connect_error else ""
+    todo = "Check that the database accepts connections, or allow more time"
+    if snapshot.phase == "paused":
+        todo = "The pool is paused: call pool.resume() first"
+    return PoolTimeout(
+        f"pool {snapshot.name!r} is not ready after {waited or 0.0:.2f} s: {snapshot.open} of "
+        f"min_size={snapshot.min_size} connections are open{failure}. {todo}",
+        snapshot,
     )
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "missing_greenlet",
     "pass_connect_timeout",
     "ping",
+    "public_words",
     "record_of",
     "refill",
     "release_first_connect",
@@ -348,7 +349,9 @@ def database_name(pool: Pool) -> str:
     dialect = pool._dialect
     kind = getattr(dialect, "name", None)
     if kind == "sqlite" and positional:
-        return os.path.basename(str(positional[0])) or "sqlite"
+        # what follows may be the key of an encrypted file
+        path = str(positional[0]).partition("?")[0]
+        return os.path.basename(path).removeprefix("file:") or "sqlite"
     host = named.get("host")
     database = named.get("dbname") or named.get("database") or named.get("db")
     port = named.get("port")
@@ -361,6 +364,14 @@ def database_name(pool: Pool) -> str:
         driver = getattr(dialect, "driver", None)
         return f"{kind}+{driver}" if isinstance(driver, str) else kind
     return "pool"
+
+
+def public_words(pool: Pool) -> set[str]:
+    """Return the words of the connect arguments that an error may quote: no secrets."""
+    _, named = connect_arguments(cast(Any, pool)._creator)
+    names = ("host", "hostaddr", "port", "dbname", "database", "db", "user")
+    words = {str(named[name]) for name in names if named.get(name)}
+    return words | {"127.0.0.1", "::1"}
 
 
 def why_unsuitable(pool: Pool) -> str | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from _thread import get_ident
+from collections import deque
+from functools import partial
+from math import inf
 from typing import Any
 
 from ..config import PoolConfig
 from ..core.lanes import Lane
-from ..core.slots import Decision, Slot
+from ..core.slots import CLOSING, Decision, Request, Slot
 from . import _liveness, _sqlalchemy, _sync
 from ._callers import holder_finder
 from ._driver import Driver, Job
@@ -16,15 +19,22 @@ from ._workers import Workers
 
 __all__ = ["ThreadDriver"]
 
+_MOST_CLOSERS = 8
+_LOOK_SECONDS = 1.0
+_LEAST_PAUSE_SECONDS = 0.01
+
 
 class ThreadDriver(Driver):
     """A pool for threads: one lane, workers that connect and close, one thread for the upkeep."""
 
-    lane: Lane
-
     def __init__(self, config: PoolConfig) -> None:
         super().__init__(config, lanes=1)
-        self.lane = self.machine.lanes[0]
+        if not self._is_inline:
+            self.lane = self.machine.lanes[0]
+        self._looked_at = self.clock()
+        self._closers = 0
+        self._closes: deque[tuple[Job, Slot]] = deque()
+        """Closes that wait for a thread."""
         self.find_holder = holder_finder(config.track)
         self.caller = get_ident
         self._workers = Workers(config.name)
@@ -35,16 +45,55 @@ class ThreadDriver(Driver):
         return _sync.Parker()
 
     def find_lane(self) -> Lane:
-        """Return the lane of all threads."""
-        return self.lane
+        """Return the lane of all threads; without a thread for the upkeep, first do what is due."""
+        if self.clock() - self._looked_at >= _LOOK_SECONDS:
+            self._look_after_inline()
+        return self.machine.lanes[0]
+
+    def _look_after_inline(self) -> None:
+        self._looked_at = self.clock()
+        self.look_after()
+
+    def _sleep(self, request: Request) -> bool:
+        if not self._is_inline:
+            return super()._sleep(request)
+        while True:
+            now = self.clock()
+            left = inf if request.deadline is None else request.deadline - now
+            pause = min(_LOOK_SECONDS, max(_LEAST_PAUSE_SECONDS, self.machine.next_tick(now) - now))
+            if request.parker.park(min(left, pause)):
+                return True
+            if left <= pause:
+                return False
+            self._look_after_inline()
 
     def _start(self, job: Job, slot: Slot) -> bool:
+        work = partial(self._work, job, slot)
+        if slot.state == CLOSING:
+            with self.lock:
+                if self._closers >= _MOST_CLOSERS:
+                    self._closes.append((job, slot))
+                    return True
+                self._closers += 1
+            work = partial(self._work_and_close_on, job, slot)
         try:
-            self._workers.submit(lambda: self._work(job, slot))
+            self._workers.submit(work)
         except RuntimeError:
             # no thread can be started: too many, or the interpreter is about to end
+            with self.lock:
+                self._closers -= slot.state == CLOSING
             return False
         return True
+
+    def _work_and_close_on(self, job: Job, slot: Slot) -> None:
+        """Close one connection, then those that found no thread."""
+        while True:
+            self._work(job, slot)
+            with self.lock:
+                if not self._closes:
+                    self._closers -= 1
+                    return
+                job, slot = self._closes.popleft()
 
     def _defer(self, decisions: list[Decision]) -> None:
         # a return must not start threads
@@ -56,7 +105,7 @@ class ThreadDriver(Driver):
 
     def _mind_growth(self) -> None:
         if self._is_inline:
-            return
+            return  # whoever waits or asks does what is due
         if self.machine.next_tick(self.clock()) < self._next_upkeep:
             self._wake_upkeep()
 

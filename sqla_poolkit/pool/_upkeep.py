@@ -18,12 +18,12 @@ _EXIT_SECONDS = 2.0
 class _Kept(Protocol):
     """What is kept up."""
 
-    def upkeep(self) -> float:
-        """Do what is due; return in how many seconds to come again, infinity for never."""
+    def look_after(self) -> float:
+        """Do what is due, whatever happens; return in how many seconds to come again."""
 
 
 class Upkeep:
-    """Calls ``upkeep()`` of a driver when it is due, from a daemon thread.
+    """Calls ``look_after()`` of a driver when it is due, from a daemon thread.
 
     The thread runs only while something can become due, refers to the driver weakly, and is
     stopped and joined before the interpreter ends: a daemon thread that is frozen while it holds
@@ -45,7 +45,7 @@ class Upkeep:
         :raises RuntimeError: if no thread can be started, as at the end of the interpreter.
         """
         if self._is_stopped:
-            return
+            raise RuntimeError("the interpreter is about to end")
         if self._is_running:
             self._parker.unpark()
             return
@@ -80,7 +80,7 @@ class Upkeep:
                 if not self._parker.park(0):
                     return
                 self._is_running = True
-            seconds = kept.upkeep()
+            seconds = kept.look_after()
             del kept
 
 

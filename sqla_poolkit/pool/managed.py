@@ -138,6 +138,8 @@ class Managed(QueuePoolNames, BasePool):
         super().__init__(creator, -1 if lifetime is None else lifetime, **kw)  # type: ignore[arg-type]
         self._refuse_what_cannot_work()
         config = self._driver.config
+        if pool_name and not isinstance(pool_name, str):
+            raise ArgumentError(f"pool_name={pool_name!r} is not possible; it must be a string")
         name = unique_name(pool_name or _sqlalchemy.database_name(self), self._driver)
         self._driver.name(name)
         _sqlalchemy.pass_connect_timeout(self, config.connect_timeout)

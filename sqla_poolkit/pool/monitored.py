@@ -30,9 +30,10 @@ class _Monitored:
 
     _recorder: Recorder
 
-    def _begin_recording(self, track: Any) -> None:
+    def _begin_recording(self, track: Any, dialect: Any) -> None:
         given = {} if track is UNSET else {"track": track}
-        is_asyncio = getattr(type(self), "_is_asyncio", None) is True
+        is_asyncio = getattr(dialect, "is_async", False) is True
+        is_asyncio |= getattr(type(self), "_is_asyncio", None) is True
         self._recorder = Recorder(PoolConfig.from_arguments(given).track, is_asyncio=is_asyncio)
         start_over_after_fork(self._recorder)
 
@@ -203,7 +204,7 @@ class MonitoredQueuePool(_Monitored, QueuePool):
         pool_name: str | None = None,
         **kw: Any,
     ) -> None:
-        self._begin_recording(track)
+        self._begin_recording(track, kw.get("dialect"))
         super().__init__(creator, pool_size, max_overflow, timeout, use_lifo, **kw)
         cast(_Measured, self._pool).pool = self
         self._name_recording(pool_name)
@@ -252,6 +253,6 @@ class MonitoredNullPool(_Monitored, NullPool):
         pool_name: str | None = None,
         **kw: Any,
     ) -> None:
-        self._begin_recording(track)
+        self._begin_recording(track, kw.get("dialect"))
         super().__init__(creator, **kw)
         self._name_recording(pool_name)

@@ -36,6 +36,7 @@ SECONDS = st.sampled_from([0.0, MOMENT, 0.125, 0.5, 1.0, 2.0, 8.0, 64.0])
 PICK = st.integers(0, 5)
 LABELS = st.sampled_from(["web", "job", None])
 CONNECT_TIMEOUT = 1.0
+GRACE_SECONDS = 1.0
 OUTCOMES = ("checkouts", "timeouts", "rejected", "cancelled", "failed", "unavailable")
 COUNTERS = (
     *("requests", "waits", "connects", "connect_failures", "pings", "probes", "ping_failures"),
@@ -280,6 +281,9 @@ class PoolLaws(RuleBasedStateMachine):
             self.hand_out(request.slot, caller)
             if request.slot.state == "checked_out":
                 self.serve(caller, is_granted=True)
+        elif request.failure == "timeout":
+            assert self.now >= caller.deadline + GRACE_SECONDS, "given up before its time"
+            self.end(caller, "timeouts")
         else:
             failure = ("closed", None) if self.phase == "closed" else self.failing_with
             assert (request.failure, request.error) == failure
@@ -717,6 +721,7 @@ class PoolLaws(RuleBasedStateMachine):
                 attempt.is_in_turn = False
         assert self.machine.tick(self.now) > self.now
         self.carry_on()
+        assert all(self.now < caller.deadline + GRACE_SECONDS for caller in self.queue)
 
     # -- the owner of the pool ---------------------------------------------------------------
 
@@ -802,12 +807,29 @@ class PoolLaws(RuleBasedStateMachine):
         assert {slot.state for slot in slots} <= {"gone"}
         self.carry_on()
 
+    @precondition(lambda self: len(self.lanes) > 1)
+    @rule(pick=PICK)
+    def put_to_sleep(self, pick: int) -> None:
+        """Let an event loop be stopped that nobody waits on; the next who asks there wakes it."""
+        lane = chosen(self.lanes, pick)
+        if self.queue_of(lane):
+            return
+        for slot in [slot for slot in self.states() if slot.lane is lane]:
+            if slot in self.attempts and self.attempts[slot].own_of is None:
+                del self.attempts[slot]
+            elif slot in self.closing:
+                self.expected.closes[self.closing.pop(slot)] += 1
+                self.connections.pop(slot).closes += 1
+        self.machine.put_to_sleep(lane, self.now)
+        self.carry_on()
+
     # -- the laws ----------------------------------------------------------------------------
 
     @invariant()
     def slots_are_where_the_driver_knows_them(self) -> None:
         states = self.states()
         assert {slot: slot.state for slot in self.machine.slots} == states
+        assert {slot.lane for slot in states} <= set(self.machine.lanes)
         assert sorted(id(slot) for lane in self.machine.lanes for slot in lane.idle) == sorted(
             map(id, self.idle)
         )
@@ -919,10 +941,6 @@ class PoolLaws(RuleBasedStateMachine):
             **read_machine(self.machine, self.now, describe, has_callers=False),
         )
         assert_it_adds_up(snapshot)
-        waits = [
-            c.waited + (self.now - c.queued_at if c.stage == "waiting" else 0.0)
-            for c in self.callers
-        ]
         states = Counter(self.states().values())
         histograms = ("checkout_time", "wait_time", "failed_wait_time", "use_time", "connect_time")
         assert {
@@ -935,7 +953,9 @@ class PoolLaws(RuleBasedStateMachine):
         } == {
             "states": states,
             "peaks": (self.peaks["checked_out"], self.peaks["waiting"]),
-            "oldest wait": max(waits, default=0.0),
+            "oldest wait": max(
+                (c.waited + self.now - c.queued_at for c in self.queue), default=0.0
+            ),
             "records": {name: self.expected.records[name] for name in histograms},
             "seconds": {name: self.expected.seconds[name] for name in histograms},
             "checkins": self.expected.records["use_time"],

@@ -428,7 +428,8 @@ class World:
                 with suppress(Interrupt):
                     self.pool.close(timeout=float(number or 1.0))
             else:
-                getattr(self.pool, verb)()
+                with suppress(Interrupt):  # a close that he did with his own hands
+                    getattr(self.pool, verb)()
 
     # -- the run -----------------------------------------------------------------------------
 
