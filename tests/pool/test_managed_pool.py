@@ -1171,10 +1171,10 @@ def test_a_timeout_while_nothing_is_open_tells_the_last_failure(
             raise Error("no more room\nand a second line")
 
     database.act = refuse
-    pool = pools(timeout=0)
+    pool = pools(timeout=0.05)
     with pytest.raises(Error):
         pool.connect()
-    pool.pause()
+    database.act = lambda site: threading.Event().wait(0.2) if site == "connect" else None
     with pytest.raises(PoolTimeout) as caught:
         pool.connect()
     _, failure, advice = caught.value.args[0].splitlines()
