@@ -253,7 +253,7 @@ class Machine:
         if idle and self._is_quick:
             slot = lane.take()
             if now < slot.expires_at:
-                # what _hand_out and _settle do, flat: this is the path whose cost counts
+                # what _serve does for who need not wait: this is the path whose cost counts
                 books = self.books
                 slot.state = CHECKED_OUT
                 slot.held_since = now
@@ -272,17 +272,26 @@ class Machine:
             lane.put_back(slot)
         return self._checkout_slowly(asked_at, now, holder, lane)
 
-    def _hand_out(self, slot: Slot, now: float, holder: Hashable) -> None:
-        """Make the caller the slot's holder; ``_settle`` counts it when it has accepted."""
+    def _serve(self, slot: Slot, request: Request | None, holder: Hashable, now: float) -> None:
+        """Make the caller the slot's holder, and count its request as served."""
+        books = self.books
+        row = books.rows[holder]
         slot.state = CHECKED_OUT
         slot.held_since = now
-        slot.mark = self.books.caused
+        slot.mark = books.caused
         slot.holder = holder
-        slot.row = self.books.rows[holder]
+        slot.row = row
         slot.uses += 1
         if slot.uses >= slot.next_stop:
             self._stop_at_use(slot)
-        idle = self.idle
+        row.checkouts += 1
+        books.requesting -= 1
+        books.checkout_time.record(now - slot.asked_at)
+        if request is not None and request.has_queued:
+            books.wait_time.record(request.waited)
+            row.wait_seconds += request.waited
+        lanes = self.lanes
+        idle = len(lanes[0].idle) if len(lanes) == 1 else self.idle
         if idle < self._fewest_idle:
             self._fewest_idle = idle
 
@@ -308,8 +317,7 @@ class Machine:
         """Reserve an idle connection for a caller who sees first whether it is alive."""
         slot.asked_at = request.asked_at
         if self._is_known_alive(slot, now):
-            self._hand_out(slot, now, request.holder)
-            self._settle(slot, request, now)
+            self._serve(slot, request, request.holder, now)
         else:
             slot.request = request
             slot.holder = request.holder
@@ -358,7 +366,7 @@ class Machine:
             self._fail(request, "rejected")
         else:
             self._enqueue(request, now)
-            if self.may_grow:
+            if len(self.slots) < self._limit or len(self.lanes) > 1:
                 self._grow(now)
         return request
 
@@ -400,14 +408,13 @@ class Machine:
             books.integrated_until = now
             if self.waiting:
                 lanes = self.lanes
-                idle = len(lanes[0].idle) if len(lanes) == 1 else self.idle
-                books.charge(
-                    seconds * self.waiting,
-                    len(self.slots) - idle,
-                    self.connecting,
-                    self.checking,
-                    self.closing,
-                )
+                busy = len(self.slots) - (len(lanes[0].idle) if len(lanes) == 1 else self.idle)
+                if busy and not (self.connecting or self.checking or self.closing):
+                    # what charge comes to when all are held
+                    books.caused += seconds * self.waiting / busy
+                else:
+                    waited = seconds * self.waiting
+                    books.charge(waited, busy, self.connecting, self.checking, self.closing)
 
     def _enqueue(self, request: Request, now: float) -> None:
         books = self.books
@@ -460,8 +467,7 @@ class Machine:
         slot.granted_to = request
         slot.asked_at = request.asked_at
         if self._is_known_alive(slot, now):
-            self._hand_out(slot, now, request.holder)
-            self._settle(slot, request, now)
+            self._serve(slot, request, request.holder, now)
             if request.is_held_back:
                 self.hold_back(slot)
         else:
@@ -485,25 +491,17 @@ class Machine:
             books.unavailable += 1
         else:
             books.failed += 1
-        self._record_wait(request, served=False)
+        self._record_failed_wait(request)
 
-    def _record_wait(self, request: Request | None, *, served: bool) -> None:
+    def _record_failed_wait(self, request: Request | None) -> None:
         if request is not None and request.has_queued:
-            self.books.wait_ended(request.waited, request.holder, served=served)
+            self.books.wait_ended(request.waited, request.holder, served=False)
 
     def _fail_waiting(self, request: Request, now: float, failure: Failure) -> None:
         """End a request that stands in the queue, and wake its caller."""
         self._leave_queue(request, now)
         self._fail(request, failure)
         self.decisions.append(Wake(request))
-
-    def _settle(self, slot: Slot, request: Request | None, now: float) -> None:
-        """Count a request as served."""
-        books = self.books
-        books.requesting -= 1
-        slot.row.checkouts += 1
-        books.checkout_time.record(now - slot.asked_at)
-        self._record_wait(request, served=True)
 
     def expire(self, request: Request, now: float) -> Slot | None:
         """End a request whose deadline has passed, unless it was granted at the last moment.
@@ -609,8 +607,7 @@ class Machine:
             stale = slot.reason
         if stale is None:
             request, slot.request = slot.request, None
-            self._hand_out(slot, now, slot.holder)
-            self._settle(slot, request, now)
+            self._serve(slot, request, slot.holder, now)
             return slot
         return self._ask_again(slot, now, stale)
 
@@ -992,13 +989,12 @@ class Machine:
         if self.phase == "closed":
             self.books.requesting -= 1
             self.books.failed += 1
-            self._record_wait(request, served=False)
+            self._record_failed_wait(request)
             self._retire(slot, now, "closed")
         else:
             if len(self.slots) - self.closing > self._limit:
                 slot.review_at = _REVIEW
-            self._hand_out(slot, now, slot.holder)
-            self._settle(slot, request, now)
+            self._serve(slot, request, slot.holder, now)
 
     def _retire_replaced(self, slot: Slot, now: float) -> None:
         """Let the aged connection go that this one replaces."""
@@ -1045,7 +1041,7 @@ class Machine:
             request, slot.request = slot.request, None
             books.requesting -= 1
             books.failed += 1
-            self._record_wait(request, served=False)
+            self._record_failed_wait(request)
         elif not lane.open and lane.in_turn < len(lane.queue):
             request = next(iter(lane.queue))
             request.error = error
@@ -1067,7 +1063,7 @@ class Machine:
         request, slot.request = slot.request, None
         self.books.requesting -= 1
         self.books.cancelled += 1
-        self._record_wait(request, served=False)
+        self._record_failed_wait(request)
 
     def _attempt_ended(self, slot: Slot) -> None:
         self.note_peak()

@@ -251,7 +251,7 @@ class Driver(ABC):
         slot: Slot | None = None
         # again if it was queued again, and an earlier grant's wake-up came after it had looked
         while slot is None and request.failure is None:
-            if machine.may_grow or self.config.collect_leaks:
+            if machine.may_grow or machine.config.collect_leaks:
                 self._mind_growth()
             if self._sleep(request):
                 # granted or failed: whoever woke us has settled everything
