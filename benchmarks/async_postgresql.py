@@ -45,7 +45,7 @@ def run(plan: Plan) -> Table:
         notes=[
             "through create_async_engine; wait = from asking to having; ratios by run",
             f"the barred rows: pool_pre_ping=False for both, which is the default of {QUEUE_POOL}",
-            f"{DEFAULTS}: only the size is set; asyncpg is then pinged at every checkout",
+            f"{DEFAULTS}: only the size is set; what was used a moment ago is only looked at",
             f"{AGAIN}: the same pool once more, to show how much of a ratio is chance",
         ],
     )
