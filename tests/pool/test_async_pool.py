@@ -1073,7 +1073,9 @@ def test_a_caller_cancelled_and_then_granted_in_one_turn_passes_the_connection_o
         await asyncio.wait_for(other, PATIENCE)
         connection.sync_connection.connection._connection_record = None  # type: ignore[union-attr]
         record.fairy_ref = None
-        connection.sync_connection.connection._finalizer.detach()  # type: ignore[union-attr]
+        finalizer = getattr(connection.sync_connection.connection, "_finalizer", None)
+        if finalizer is not None:  # SQLAlchemy 2.1
+            finalizer.detach()
         connection.sync_connection._dbapi_connection = None  # type: ignore[union-attr]
         await assert_whole(engine)
 
@@ -1339,6 +1341,8 @@ def mute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger(POOL_LOGGER), "disabled", True)
 
 
+# SQLAlchemy 2.0 drops a connection whose rollback fails in Connection.close(), 2.1 returns it.
+@pytest.mark.filterwarnings("ignore:The garbage collector is trying:sqlalchemy.exc.SAWarning")
 @pytest.mark.usefixtures("mute")
 @pytest.mark.parametrize("chapter", range(4))
 def test_no_order_of_callbacks_breaks_anything(chapter: int):
