@@ -6,6 +6,8 @@ under a simulated scheduler and a simulated clock as it is.
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 from collections.abc import Callable
 from contextvars import Context
@@ -59,5 +61,36 @@ def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
     :raises RuntimeError: if no thread can be started, as at the end of the interpreter.
     """
     thread = threading.Thread(target=Context().run, args=(work,), name=name, daemon=True)
-    thread.start()
+    with _starts.lock:
+        if _starts.are_over:
+            raise RuntimeError("the interpreter is about to end")
+        thread.start()
     return thread
+
+
+class _Starts:
+    """Threads that are being started, which the interpreter's end has to wait for.
+
+    A thread that has not come to its first step yet when the interpreter goes makes it crash
+    (seen with Python 3.10).  The lock is re-entrant, for the garbage collector may want a thread
+    in the middle of a start.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.are_over = False
+
+    def end(self) -> None:
+        """Wait for those under way, and start no more."""
+        with self.lock:
+            self.are_over = True
+
+    def begin_anew(self) -> None:
+        """Forget who held the lock, in a child that was forked meanwhile."""
+        self.lock = threading.RLock()
+
+
+_starts = _Starts()
+atexit.register(_starts.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_starts.begin_anew)

@@ -60,9 +60,9 @@ class Upkeep:
         """End the thread; wait for it at most so long."""
         self._is_stopped = True
         self._parker.unpark()
-        thread = self._thread
-        if thread is not None and self._is_running:
-            thread.join(seconds)
+        if self._thread is not None:
+            # also when it is about to go by itself: it must not be caught on its last steps
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         seconds = 0.0

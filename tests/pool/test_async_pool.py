@@ -1303,8 +1303,11 @@ def shuffle_once(seed: int) -> None:  # noqa: C901 - many small choices, none in
             timer.cancel()
         del task
         tasks.clear()
-        if read(engine).checked_out:
+        for _ in range(50):
+            if not read(engine).checked_out:
+                break
             gc.collect()  # the traceback of a cancellation may hold a connection
+            await asyncio.sleep(0.01)
         play.database.act = lambda site: None
         engine.pool.resume()
         loop.now += 2.0  # a back-off is over
