@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import threading
 import time
@@ -21,6 +22,13 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 # A worker thread of a pool stays for about a second in case there is more to do.
 PATIENCE_SECONDS = 3.0
 DESCRIPTORS = Path("/proc/self/fd")
+
+# These run the pool in greenlets, a package that only the extras bring.
+collect_ignore = (
+    []
+    if importlib.util.find_spec("greenlet")
+    else ["pool/test_schedules.py", "pool/test_fault_schedules.py", "pool/test_async_pool.py"]
+)
 
 # No deadline per example: a machine that is busy with something else is no fault of the code.
 # Where CI is set, Hypothesis draws the same examples in each run: a red one can be repeated.

@@ -63,6 +63,9 @@ def assert_ends_well(script: str, folder: Path, code: int = 0) -> None:
             sys.executable,
             "-X",
             "dev",
+            # SQLite's connections complain at the end since Python 3.13, with any pool
+            "-W",
+            "ignore:unclosed database:ResourceWarning",
             "-c",
             PRELUDE + textwrap.dedent(script),
             str(folder / "database.sqlite"),

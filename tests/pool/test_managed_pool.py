@@ -286,11 +286,12 @@ def test_settings_that_contradict_each_other_are_refused(
 # -- what cannot work ----------------------------------------------------------------------------
 
 
+@pytest.mark.extra
 def test_an_asyncio_driver_is_refused_with_a_sentence() -> None:
-    asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
-    pytest.importorskip("aiosqlite")
+    from sqlalchemy.ext.asyncio import create_async_engine
+
     with pytest.raises(exc.ArgumentError, match="serves threads, but the driver 'aiosqlite' is"):
-        asyncio.create_async_engine("sqlite+aiosqlite:///shop.db", poolclass=ManagedPool)
+        create_async_engine("sqlite+aiosqlite:///shop.db", poolclass=ManagedPool)
 
 
 def test_any_dialect_for_asyncio_is_refused(database: Database) -> None:
@@ -440,7 +441,7 @@ def test_a_creator_may_take_the_record_as_its_argument(database: Database) -> No
 @pytest.mark.parametrize("upkeep", ["thread", "inline"])
 def test_a_creator_that_returns_none_is_told_so(upkeep: str) -> None:
     pool = ManagedPool(lambda: None, upkeep=upkeep, pool_name="void")
-    with pytest.raises(PoolMisuse, match="the creator of pool 'void' returned None"):
+    with pytest.raises(PoolMisuse, match=r"the creator of pool 'void(#\d)?' returned None"):
         pool.connect()
     assert (gauges(pool), pool.snapshot().failed) == ((0, 0, 0), 1)
     pool.close()

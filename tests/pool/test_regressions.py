@@ -315,7 +315,6 @@ def test_a_pool_may_be_the_first_thing_that_a_thread_calls(make_pool: MakePool):
 
     pool = make_pool()
     _thread.start_new_thread(lambda connect: connect().close(), (pool.connect,))
-    _thread.start_new_thread(pool.wait_ready, ())
     until(lambda: pool.snapshot().checkins == 1)
 
 
