@@ -28,6 +28,8 @@ LINES_SHOWN = 150
 
 # A test that is skipped proves nothing.
 STRICT = ("--no-skips", "-rs")
+# The longest combinations run once, by make test, not on each Python again.
+ONCE = ("-k", "not three_sites")
 
 
 @dataclass
@@ -213,7 +215,7 @@ def pytest_leg(name: str, python: str, packages: list[str], *options: str) -> Le
         [python, "-m", "venv", venv],
         [*own, "pip", "-qq", "install", *packages],
         [*own, "pip", "list", "--disable-pip-version-check"],
-        [*own, "pytest", *STRICT, f"--junitxml={leg.report}", *options],
+        [*own, "pytest", *STRICT, *ONCE, f"--junitxml={leg.report}", *options],
     ]
     return leg
 

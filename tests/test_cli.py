@@ -117,7 +117,7 @@ def test_the_demo_runs_tasks():
     check_demo(output, ASYNC_POOLS)
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg2"])
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 def test_the_demo_runs_tasks_on_a_given_database(driver: str, postgres: PostgresServer):
     """What is a driver for threads only is replaced."""
     url = postgres.url(driver)
