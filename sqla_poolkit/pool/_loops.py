@@ -194,9 +194,12 @@ class LoopDriver(Driver):
         return super().upkeep()
 
     def _report_leaks(self) -> None:
-        while self._leaks:
+        pool = self._pool()
+        if pool is None:
+            self._leaks.clear()
+        while self._leaks and pool is not None:
             label, caller = describe_holder(self._leaks.popleft())
-            self.current_pool().logger.error(
+            pool.logger.error(
                 "A connection of pool %r was dropped without being returned, and was cut off; it "
                 "was taken by %s. Close it, or use it in a 'with' block",
                 self.config.name,
