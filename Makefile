@@ -13,7 +13,7 @@ for-tasks = $(if $(findstring --async,$(ARGS)),$(1))
 DEMO := $(subst $(space),$(comma),$(strip cli \
   $(call for-postgresql,postgres psycopg $(call for-tasks,asyncpg)) $(call for-tasks,aiosqlite)))
 
-.PHONY: help demo test lint type bench clean
+.PHONY: help demo test lint type bench soak clean
 
 help:
 	@echo "make demo    QueuePool and ManagedPool under the same load, side by side, within a minute"
@@ -23,13 +23,15 @@ help:
 	@echo "make lint    format and lint rules"
 	@echo "make type    type annotations"
 	@echo "make bench   the figures of the README (ARGS=--quick for a look in a minute)"
+	@echo "make soak    ten minutes of load while network and server fail at random, and a verdict"
+	@echo "             (ARGS=\"--seconds 60 --seed 1\" for a look, or to see a failure again)"
 	@echo "make clean   removes what the others made"
 
 demo: $(VENV)/.has-$(DEMO)
 	@$(RUN) -m sqla_poolkit demo $(ARGS)
 
 test: $(VENV)/.has-test
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n 3 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.has-dev
 	@$(RUN) -m ruff format --check .
@@ -40,6 +42,9 @@ type: $(VENV)/.has-dev
 
 bench: $(VENV)/.has-test
 	@$(RUN) -m benchmarks $(ARGS)
+
+soak: $(VENV)/.has-test
+	@$(RUN) -m tests.chaos --seconds 600 --every 5 --memory $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .hypothesis build dist *.egg-info

@@ -1,7 +1,8 @@
 """Run every leg of the CI, tell how each one ended, and fail if any of them failed.
 
 The README's test command, lint and types; then, ``JOBS`` (2) at a time, SQLAlchemy's own suite,
-each Python found here with the newest SQLAlchemy 2.0 and 2.1, and one without the extras.
+each Python found here with the newest SQLAlchemy, the oldest and the newest with 2.0 and 2.1, one
+without the extras, and a load while network and server fail at random.
 """
 
 from __future__ import annotations
@@ -25,11 +26,24 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 SQLALCHEMYS = ("2.0", "2.1")
 LIMIT_SECONDS = 900
 LINES_SHOWN = 150
+CHAOS_SEED = "20"
 
 # A test that is skipped proves nothing.
 STRICT = ("--no-skips", "-rs")
-# The longest combinations run once, by make test, not on each Python again.
-ONCE = ("-k", "not three_sites")
+# What no other Python or SQLAlchemy would change runs once, by make test, as do the longest tests.
+ONCE = (
+    *("-k", "not three_sites"),
+    *("--ignore=tests/test_fault_proxy.py", "--ignore=tests/test_network.py"),
+    *("--ignore=tests/test_servers.py", "--ignore=tests/test_examples.py"),
+    *("--ignore=tests/test_cli.py", "--ignore=tests/realtime/test_signals.py"),
+    "--ignore=tests/watch/test_prometheus_server.py",
+)
+# Real outages and other processes take real time: they come with the oldest of both and the newest
+# of both, and in make test.
+SHORTER = (
+    *("--ignore=tests/pool/test_outages.py", "--ignore=tests/testing"),
+    *("--ignore=tests/watch/test_last_rollback.py", "--ignore=tests/watch/test_multiprocess.py"),
+)
 
 
 @dataclass
@@ -121,7 +135,9 @@ def main() -> int:
     legs: list[Leg] = []
     legs += run(house())
     legs += run(wheel(pythons))
-    legs += run([*upstream(pythons), *matrix(pythons)], int(os.environ.get("JOBS", "2")))
+    legs += run(
+        [*upstream(pythons), chaos(pythons), *matrix(pythons)], int(os.environ.get("JOBS", "2"))
+    )
 
     print(f"\n{time.monotonic() - began:.0f} s in all", *legs, sep="\n")
     passed, failed = map(sum, zip(*(leg.counts() for leg in legs), strict=True))
@@ -181,6 +197,16 @@ def wheel(pythons: dict[str, str]) -> Iterator[Leg]:
     )
 
 
+def is_that_of_make_test(version: str, sqlalchemy: str) -> bool:
+    """Tell whether ``make test`` has run these two already: its Python, the newest SQLAlchemy."""
+    about = ROOT / ".venv" / "pyvenv.cfg"
+    lines = about.read_text().splitlines() if about.exists() else []
+    is_its_python = any(
+        line.startswith("version") and f" {version}." in line.replace("=", " ") for line in lines
+    )
+    return is_its_python and sqlalchemy == SQLALCHEMYS[-1]
+
+
 def newest(pythons: dict[str, str]) -> str:
     return list(pythons)[-1]
 
@@ -190,13 +216,17 @@ def fits(python: str, sqlalchemy: str) -> bool:
 
 
 def matrix(pythons: dict[str, str]) -> Iterator[Leg]:
+    ends = (next(iter(pythons)), SQLALCHEMYS[0]), (newest(pythons), SQLALCHEMYS[-1])
     for version, python in pythons.items():
         for sqlalchemy in SQLALCHEMYS:
-            if fits(version, sqlalchemy):
-                name = f"py{version} sqlalchemy{sqlalchemy}"
-                yield pytest_leg(
-                    name, python, [f"{our_wheel()}[test]", f"sqlalchemy=={sqlalchemy}.*"]
-                )
+            if not fits(version, sqlalchemy) or is_that_of_make_test(version, sqlalchemy):
+                continue
+            is_between = version not in (ends[0][0], ends[1][0])
+            if is_between and sqlalchemy != SQLALCHEMYS[-1]:
+                continue
+            packages = [f"{our_wheel()}[test]", f"sqlalchemy=={sqlalchemy}.*"]
+            options = () if (version, sqlalchemy) in ends else SHORTER
+            yield pytest_leg(f"py{version} sqlalchemy{sqlalchemy}", python, packages, *options)
     # The newest SQLAlchemy, which does without greenlet.
     version = newest(pythons)
     bare = [our_wheel(), "pytest", "pytest-timeout", "hypothesis"]
@@ -216,6 +246,22 @@ def pytest_leg(name: str, python: str, packages: list[str], *options: str) -> Le
         [*own, "pip", "-qq", "install", *packages],
         [*own, "pip", "list", "--disable-pip-version-check"],
         [*own, "pytest", *STRICT, *ONCE, f"--junitxml={leg.report}", *options],
+    ]
+    return leg
+
+
+def chaos(pythons: dict[str, str]) -> Leg:
+    """Load pools while network and server fail; ahead of the matrix, as the longest leg."""
+    version = newest(pythons)
+    sqlalchemy = SQLALCHEMYS[-1] if fits(version, SQLALCHEMYS[-1]) else SQLALCHEMYS[0]
+    leg = Leg("chaos", [])
+    venv = str(leg.folder / "venv")
+    own = [f"{venv}/bin/python", "-m"]
+    leg.commands = [
+        [pythons[version], "-m", "venv", venv],
+        [*own, "pip", "-qq", "install", f"{our_wheel()}[test]", f"sqlalchemy=={sqlalchemy}.*"],
+        [*own, "pip", "list", "--disable-pip-version-check"],
+        [*own, "tests.chaos", "--seconds", "180", "--seed", CHAOS_SEED],
     ]
     return leg
 

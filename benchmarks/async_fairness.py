@@ -16,9 +16,9 @@ from ._async import (
     on_stub,
     queue_pool,
 )
-from ._harness import Load, Plan, medians, pairwise_ratios
-from ._report import Row, Table, at_least, ratio_row
-from .fairness import FIGURES
+from ._harness import Load, Plan
+from ._report import Bar, Row, Table, at_least
+from .fairness import rows
 
 TASKS, SIZE = 64, 8
 HOLD, SHORT_HOLD = 0.005, 0.001
@@ -36,8 +36,8 @@ def run(plan: Plan) -> Table:
             f"measured = {MANAGED_POOL}'s median; for throughput its ratio to {QUEUE_POOL}, by run",
         ],
     )
-    table.rows += _rows("5 ms: ", _loads(HOLD, pairs, seconds))
-    table.rows += _rows("1 ms: ", _loads(SHORT_HOLD, pairs, seconds / 2), barred=False)
+    table.rows += _rows("5 ms: ", _loads(HOLD, pairs, seconds), THROUGHPUT_BAR)
+    table.rows += _rows("1 ms: ", _loads(SHORT_HOLD, pairs, seconds / 2), None)
     return table
 
 
@@ -52,15 +52,5 @@ def _loads(hold: float, pairs: int, seconds: float) -> dict[str, list[Load]]:
     return on_stub([queue_pool(SIZE), managed_pool(SIZE)], pairs, measure)
 
 
-def _rows(what: str, loads: dict[str, list[Load]], *, barred: bool = True) -> Iterator[Row]:
-    for name, value, unit, bar in FIGURES:
-        by_run = {pool: [value(load) for load in runs] for pool, runs in loads.items()}
-        values = medians(by_run)
-        if bar is None or not barred:
-            yield Row(what + name, values, unit)
-        else:
-            ours = by_run[MANAGED_POOL]
-            yield Row(what + name, values, unit, values[MANAGED_POOL], unit, bar, ours)
-    throughput = {pool: [load.throughput for load in runs] for pool, runs in loads.items()}
-    ratios = pairwise_ratios(throughput[MANAGED_POOL], throughput[QUEUE_POOL])
-    yield ratio_row(what + "throughput, ratio", ratios, THROUGHPUT_BAR if barred else None)
+def _rows(what: str, loads: dict[str, list[Load]], bar: Bar | None) -> Iterator[Row]:
+    return rows(what, loads, MANAGED_POOL, QUEUE_POOL, bar)

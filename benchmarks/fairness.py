@@ -136,18 +136,24 @@ def _pg_sleep(connection: Connection) -> None:
     connection.exec_driver_sql(f"select pg_sleep({HOLD})")
 
 
-def _rows(what: str, loads: dict[str, list[Load]], *, barred: bool = True) -> Iterator[Row]:
+def rows(
+    what: str, loads: dict[str, list[Load]], ours: str, theirs: str, throughput_bar: Bar | None
+) -> Iterator[Row]:
+    """Say how evenly a load was served; without a bar on the throughput nothing is barred."""
     for name, value, unit, bar in FIGURES:
         by_run = {pool: [value(load) for load in runs] for pool, runs in loads.items()}
         values = medians(by_run)
-        if bar is None or not barred:
+        if bar is None or throughput_bar is None:
             yield Row(what + name, values, unit)
         else:
-            ours = by_run[MANAGED_POOL]
-            yield Row(what + name, values, unit, values[MANAGED_POOL], unit, bar, ours)
+            yield Row(what + name, values, unit, values[ours], unit, bar, by_run[ours])
     throughput = {pool: [load.throughput for load in runs] for pool, runs in loads.items()}
-    ratios = pairwise_ratios(throughput[MANAGED_POOL], throughput[QUEUE_POOL])
-    yield ratio_row(what + THROUGHPUT, ratios, THROUGHPUT_BAR if barred else None)
+    ratios = pairwise_ratios(throughput[ours], throughput[theirs])
+    yield ratio_row(what + THROUGHPUT, ratios, throughput_bar)
+
+
+def _rows(what: str, loads: dict[str, list[Load]], *, barred: bool = True) -> Iterator[Row]:
+    return rows(what, loads, MANAGED_POOL, QUEUE_POOL, THROUGHPUT_BAR if barred else None)
 
 
 def _unmeasured(what: str) -> Iterator[Row]:

@@ -31,6 +31,7 @@ from ._report import Bar, Row, Table, at_most, ratio_row
 
 LISTENERS = "QueuePool+listeners"
 LABEL = 'track="label"'
+STACK = 'track="stack"'
 BARS = {LABEL: at_most(1.0), MANAGED_POOL: at_most(1.15)}
 PER_ROUND = 5_000
 
@@ -53,6 +54,7 @@ def run(plan: Plan) -> Table:
         *psycopg_pool(5),
         managed_pool(5, track="label", name=LABEL),
         managed_pool(5, track="caller"),
+        managed_pool(5, track="stack", name=STACK),
     ]
     table = Table(
         "uncontended: checkout + checkin, one thread, microseconds",
@@ -61,6 +63,7 @@ def run(plan: Plan) -> Table:
             f"{rounds} rounds of {PER_ROUND:,}, interleaved, collector off inside a round",
             "by round: the median of the rounds' ratios, and the range of the middle half",
             f'{MANAGED_POOL} is the default, track="caller"',
+            f"{STACK}: the more frames an application has, the more it costs; here they are few",
             f"{LISTENERS}: a count and a time in use, kept by hand in two event listeners",
             "psycopg_pool hands out the bare connection and resets nothing: less work, orientation",
         ],
@@ -118,6 +121,7 @@ def _through_engine(url: str) -> list[Runner]:
         QUEUE_POOL: {"poolclass": QueuePool},
         LABEL: {"poolclass": ManagedPool, "track": "label"},
         MANAGED_POOL: {"poolclass": ManagedPool, "track": "caller"},
+        STACK: {"poolclass": ManagedPool, "track": "stack"},
     }
 
     def runner(name: str, keywords: dict[str, Any]) -> Runner:

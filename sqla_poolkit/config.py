@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from .errors import ArgumentError
 
-__all__ = ["PoolConfig", "Track", "Upkeep"]
+__all__ = [
+    "CONNECTION_STATES",
+    "OnDeadlock",
+    "OnOutage",
+    "PoolConfig",
+    "SessionReset",
+    "Track",
+    "Upkeep",
+]
 
 Upkeep = Literal["thread", "inline"]
+OnDeadlock = Literal["warn", "raise"]
+OnOutage = Literal["raise", "wait"]
+SessionReset = Literal["rollback", "clean", "discard_all", "custom"]
 Track = Literal["label", "caller", "stack"]
+
+CONNECTION_STATES = ("08", "57P01", "57P02", "57P03", "57P05", "25P03")
+"""SQLSTATEs after which a connection is gone or about to go; two characters are a whole class."""
+_READ_ONLY = "25006"
 
 _TRUE = {"1", "true", "yes", "on", "y", "t"}
 _FALSE = {"0", "false", "no", "off", "n", "f"}
@@ -39,6 +54,14 @@ class PoolConfig:
     use_lifo: bool = True
     pre_ping: bool = False
     ping_after: float = 1.0
+    ping_timeout: float = 5.0
+    keepalive: float = 120.0
+    on_outage: OnOutage = "raise"
+    evict_on: tuple[str, ...] = CONNECTION_STATES
+    """SQLSTATEs of errors after which a connection is not used again."""
+    session_reset: SessionReset = "rollback"
+    hold_warning: float = 60.0
+    on_deadlock: OnDeadlock = "warn"
     upkeep: Upkeep = "thread"
     track: Track = "caller"
     collect_leaks: bool = False
@@ -53,6 +76,7 @@ class PoolConfig:
         given = {name: value for name, value in arguments.items() if value is not UNSET}
         _reconcile_sizes(given)
         _reconcile_lifetime(given)
+        _reconcile_states(given)
         known = {field.name for field in fields(cls)}
         checked = {
             name: _CHECKS[name](name, value) if name in _CHECKS else value
@@ -136,6 +160,33 @@ def _reconcile_lifetime(given: dict[str, Any]) -> None:
             f"max_lifetime={given['max_lifetime']!r} and pool_recycle={recycle!r} contradict each "
             "other; they are two names of one setting, give one of them"
         )
+
+
+def _reconcile_states(given: dict[str, Any]) -> None:
+    """Turn ``writable`` into one more SQLSTATE of ``evict_on``."""
+    is_writable = _flag("writable", given.pop("writable", False))
+    states = given.pop("evict_on", None)
+    if states is None:
+        states = CONNECTION_STATES
+    elif isinstance(states, str):
+        states = tuple(filter(None, (part.strip() for part in states.split(","))))
+    allowed = "SQLSTATEs of five characters, or classes of two"
+    if not isinstance(states, Iterable):
+        raise _wrong("evict_on", states, allowed)
+    chosen = tuple(dict.fromkeys(states))
+    for state in chosen:
+        if not isinstance(state, str) or len(state) not in (2, 5) or not state.isalnum():
+            raise _wrong("evict_on", states, allowed)
+    if is_writable and _READ_ONLY not in chosen:
+        chosen += (_READ_ONLY,)
+    given["evict_on"] = tuple(state.upper() for state in chosen)
+
+
+def _session_reset(name: str, value: Any) -> SessionReset:
+    if callable(value):
+        return "custom"
+    chosen: SessionReset = _one_of(name, value, ("rollback", "clean", "discard_all"))
+    return chosen
 
 
 def _wrong(name: str, value: object, allowed: str) -> ArgumentError:
@@ -240,6 +291,12 @@ _CHECKS: dict[str, Any] = {
     "use_lifo": lambda _, value: _flag("pool_use_lifo", value),
     "pre_ping": lambda _, value: _flag("pool_pre_ping", value),
     "ping_after": _seconds,
+    "ping_timeout": _positive_seconds,
+    "keepalive": _seconds,
+    "session_reset": _session_reset,
+    "hold_warning": _seconds,
+    "on_outage": lambda name, value: _one_of(name, value, get_args(OnOutage)),
+    "on_deadlock": lambda name, value: _one_of(name, value, get_args(OnDeadlock)),
     "collect_leaks": _flag,
     "upkeep": lambda name, value: _one_of(name, value, get_args(Upkeep)),
     "track": lambda name, value: _one_of(name, value, get_args(Track)),

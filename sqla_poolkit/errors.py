@@ -12,11 +12,13 @@ from sqlalchemy import exc
 from sqlalchemy.exc import ArgumentError
 
 if TYPE_CHECKING:
+    from .core.events import PoolEvent
     from .core.snapshot import PoolSnapshot
 
 __all__ = [
     "ArgumentError",
     "PoolClosed",
+    "PoolDeadlock",
     "PoolMisuse",
     "PoolOverloaded",
     "PoolTimeout",
@@ -29,15 +31,30 @@ class PoolTimeout(exc.TimeoutError):
 
     Carries the code ``3o7r`` of QueuePool's timeout.  ``snapshot`` is the whole state of the pool,
     read when the caller gave up, or up to 20 ms before if others gave up then; ``None`` where the
-    pool keeps no books.
+    pool keeps no books.  ``events`` is what happened in the pool before: the last twenty events of
+    each kind, the newest last.
     """
 
-    def __init__(self, message: str, snapshot: PoolSnapshot | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        snapshot: PoolSnapshot | None = None,
+        events: tuple[PoolEvent, ...] = (),
+    ) -> None:
         super().__init__(message, code="3o7r")
         self.snapshot = snapshot
+        self.events = events
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.args[0], self.snapshot))
+        return (type(self), (self.args[0], self.snapshot, self.events))
+
+
+class PoolDeadlock(PoolTimeout):
+    """Whoever asked would have waited for himself: all connections are held by who waits for one.
+
+    Only with ``on_deadlock="raise"``, and then at once; otherwise such callers get ``PoolTimeout``
+    at their deadline.
+    """
 
 
 class PoolOverloaded(exc.TimeoutError):
@@ -55,17 +72,26 @@ class PoolOverloaded(exc.TimeoutError):
 
 
 class PoolUnavailable(exc.OperationalError):
-    """The database is known to be down; ``orig`` is what the driver said when it was last tried."""
+    """The database is known to be down; ``orig`` is what the driver said when it was last tried.
 
-    def __init__(self, message: str, orig: BaseException | None = None) -> None:
+    ``events`` is what happened in the pool before, as in ``PoolTimeout``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        orig: BaseException | None = None,
+        events: tuple[PoolEvent, ...] = (),
+    ) -> None:
         super().__init__(None, None, orig or ConnectionError(message))
         self.message = message
+        self.events = events
 
     def __str__(self) -> str:
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.message, self.orig))
+        return (type(self), (self.message, self.orig, self.events))
 
 
 class PoolClosed(exc.InvalidRequestError):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+import traceback
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,20 +19,52 @@ from typing import TypeVar
 import hypothesis
 import pytest
 
-from tests.servers import PostgresError, PostgresServer
+import sqla_poolkit.watch  # noqa: F401  # starts that log
+from sqla_poolkit.pool import _registry
+from tests.network import LossyLink, NotPermitted
+from tests.servers import (
+    MariaDBServer,
+    NotInstalled,
+    PgBouncer,
+    PostgresError,
+    PostgresServer,
+    Server,
+)
+
+pytest_plugins = ["pytester"]
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 # A worker thread of a pool stays for about a second in case there is more to do.
 PATIENCE_SECONDS = 3.0
 DESCRIPTORS = Path("/proc/self/fd")
+# Fixtures that are servers, each shared by all tests.
+SERVERS = ("postgres", "pgbouncer", "mariadb")
+
+# The log of warnings sums up ten seconds, and would speak in the middle of another test.
+_registry.newcomers.clear()
 
 # These run the pool in greenlets, a package that only the extras bring.
-collect_ignore = (
-    []
-    if importlib.util.find_spec("greenlet")
-    else ["pool/test_schedules.py", "pool/test_fault_schedules.py", "pool/test_async_pool.py"]
+NEED_GREENLET = (
+    "pool/test_async_pool.py",
+    "pool/test_deadlock.py",
+    "pool/test_fault_schedules.py",
+    "pool/test_outages.py",
+    "pool/test_schedules.py",
+    "watch/test_last_rollback.py",
+    "watch/test_monitor_servers.py",
 )
+# What these test needs packages of its own.
+NEED_EXPORTERS = (
+    "watch/test_multiprocess.py",
+    "watch/test_opentelemetry.py",
+    "watch/test_outage_exported.py",
+    "watch/test_prometheus.py",
+    "watch/test_prometheus_server.py",
+)
+collect_ignore = [] if importlib.util.find_spec("greenlet") else [*NEED_GREENLET]
+if not importlib.util.find_spec("prometheus_client"):
+    collect_ignore += NEED_EXPORTERS
 
 # No deadline per example: a machine that is busy with something else is no fault of the code.
 # Where CI is set, Hypothesis draws the same examples in each run: a red one can be repeated.
@@ -49,7 +85,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "postgres" in getattr(item, "fixturenames", ()):
+        if set(SERVERS) & set(getattr(item, "fixturenames", ())):
             item.add_marker("extra")
 
 
@@ -87,29 +123,71 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def pgbouncer(postgres: PostgresServer) -> Iterator[PgBouncer]:
+    """A running PgBouncer in front of ``postgres``; where it is not installed, a skip."""
+    try:
+        server = PgBouncer(postgres)
+    except NotInstalled as missing:
+        pytest.skip(str(missing))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDBServer]:
+    """A running MariaDB; where it is not installed, a skip."""
+    try:
+        server = MariaDBServer()
+    except NotInstalled as missing:
+        pytest.skip(str(missing))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def lossy_link(postgres: PostgresServer) -> Iterator[LossyLink]:
+    """A TCP address of ``postgres`` behind a network that can lose packets; or a skip."""
+    with ExitStack() as stack:
+        try:
+            link = stack.enter_context(LossyLink(postgres.socket))
+        except NotPermitted as refused:
+            pytest.skip(str(refused))
+        yield link
+
+
 @dataclass(frozen=True)
 class Belongings:
     """What a process holds at one moment that a test could leave behind."""
 
     threads: frozenset[threading.Thread]
     descriptors: frozenset[tuple[str, str]]
-    sessions: int
+    sessions: Mapping[str, int]
+    """Of each server in use."""
 
     @classmethod
-    def now(cls, server: PostgresServer | None) -> Belongings:
+    def now(cls, servers: Iterable[Server]) -> Belongings:
         return cls(
-            frozenset(threading.enumerate()),
+            # Python lists also those whose start a signal has prevented
+            frozenset(filter(threading.Thread.is_alive, threading.enumerate())),
             frozenset(_descriptors()),
-            server.sessions() if server else 0,
+            {server.name: server.sessions() for server in servers},
         )
 
     def beyond(self, before: Belongings) -> list[str]:
         """Return what is here now and was not before, in words."""
-        extra = [f"thread {thread.name}" for thread in self.threads - before.threads]
+        extra = [f"thread {t.name} {_place(t)}" for t in self.threads - before.threads]
         extra += [f"descriptor {n} -> {it}" for n, it in self.descriptors - before.descriptors]
-        if self.sessions > before.sessions:
-            extra.append(f"{self.sessions - before.sessions} session(s) of the PostgreSQL server")
+        for name, count in self.sessions.items():
+            if count > before.sessions[name]:
+                extra.append(f"{count - before.sessions[name]} session(s) of {name}")
         return sorted(extra)
+
+
+def _place(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or 0)
+    stack = traceback.extract_stack(frame)
+    return "at " + " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(stack))
 
 
 def _descriptors() -> Iterator[tuple[str, str]]:
@@ -127,15 +205,25 @@ def _descriptors() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail the test that ends with a thread, descriptor or server session more than before."""
-    server = None
-    if "postgres" in request.fixturenames:
-        server = request.getfixturevalue("postgres")
-    before = Belongings.now(server)
+    """Fail the test that ends with a thread, descriptor or server session more than before.
+
+    Also one that leaves a server frozen or stopped; the next test finds it running.
+    """
+    servers = [request.getfixturevalue(name) for name in SERVERS if name in request.fixturenames]
+    before = Belongings.now(servers)
     yield
+    undone = [f"{server.name} {state}" for server in servers for state in server.mend()]
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while extra := Belongings.now(server).beyond(before):
+    while extra := Belongings.now(servers).beyond(before):
         if time.monotonic() > deadline:
-            pytest.fail(f"The test left behind: {'; '.join(extra)}", pytrace=False)
+            break
         gc.collect()
         time.sleep(0.02)
+    if undone or extra:
+        pytest.fail(f"The test left behind: {'; '.join([*undone, *extra])}", pytrace=False)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin with no pool in the process: those of other tests may not be collected yet."""
+    monkeypatch.setattr(_registry, "_keepers", weakref.WeakValueDictionary())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import inspect
 import sqlite3
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, Pool, QueuePool, base
 
 from sqla_poolkit.pool import _sqlalchemy
@@ -65,6 +68,26 @@ def test_a_record_can_be_subclassed_with_a_slot_and_connects_at_once(
     assert (record.dbapi_connection, database.open) == (None, [])
 
 
+@canary("_ConnDialect")
+def test_a_pool_without_an_engine_has_a_dialect_of_its_own(database: Database, pool: QueuePool):
+    assert isinstance(QueuePool(database.connect)._dialect, base._ConnDialect)
+    assert not isinstance(pool._dialect, base._ConnDialect)
+
+
+@canary("_reset")
+def test_a_reset_on_return_calls_the_dialect_from_a_function_that_can_be_told(
+    database: Database, pool: QueuePool
+):
+    callers = []
+
+    def look(proxy: Any) -> None:
+        callers.append(sys._getframe(1).f_code)
+
+    pool._dialect.do_rollback = look  # type: ignore[method-assign]
+    pool.connect().close()
+    assert callers == [base._ConnectionFairy._reset.__code__]
+
+
 @canary("_counter", "_connection_record")
 def test_the_checkout_of_a_record_makes_an_uncounted_proxy(pool: QueuePool):
     proxy = base._ConnectionRecord.checkout(pool)
@@ -94,6 +117,28 @@ def test_the_reference_to_a_proxy_that_was_dropped_is_dead_while_it_is_returned(
     del proxy
     gc.collect()
     assert seen == [("reset", None)]
+
+
+def test_who_refers_to_a_proxy_after_its_checkout_is_told_of_its_end_before_sqlalchemy(
+    database: Database, pool: QueuePool
+):
+    proxy = pool.connect()
+    record = record_of(proxy)
+    checked_out_as = record.fairy_ref
+    seen = []
+    reference = weakref.ref(proxy, lambda _: seen.append(record.fairy_ref is checked_out_as))
+    del proxy
+    gc.collect()
+    assert (seen, record.fairy_ref, reference()) == ([True], None, None)
+
+
+@canary("_creator")
+def test_a_pool_and_its_successors_share_their_creator(pool: QueuePool, database: Database):
+    proxy = pool.connect()
+    assert _sqlalchemy.pool_of(proxy) is pool
+    assert _sqlalchemy.is_same_pool(pool.recreate().recreate(), pool)
+    assert not _sqlalchemy.is_same_pool(QueuePool(Database().connect), pool)
+    proxy.close()
 
 
 def test_an_emptied_record_connects_anew_in_get_connection(database: Database, pool: QueuePool):
@@ -359,6 +404,125 @@ def test_a_listener_of_do_connect_may_add_arguments(tmp_path: Path):
     event.listen(engine, "connect", lambda connection, _: seen.append(connection.isolation_level))
     engine.connect().close()
     assert seen == ["EXCLUSIVE"]
+
+
+# -- how connections end -----------------------------------------------------------------------
+
+
+def rollbacks(engine: sa.Engine, use: Callable[[sa.Engine], None]) -> list[bool]:
+    """Return of each ROLLBACK but the pool's whether it is seen to end the use of a connection."""
+    seen = []
+
+    def look(proxy: Any) -> None:
+        frame = sys._getframe(1)
+        if frame.f_code is _sqlalchemy._ROLLBACK:
+            seen.append(_sqlalchemy._ends_use(frame))
+
+    engine.connect().close()  # the first one rolls back what it asks of the server
+    engine.dialect.do_rollback = look
+    use(engine)
+    return seen
+
+
+def close(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(sa.text("SELECT 1"))
+
+
+def close_a_session(engine: sa.Engine) -> None:
+    with Session(engine) as session:
+        session.execute(sa.text("SELECT 1"))
+
+
+def fail_in_begin(engine: sa.Engine) -> None:
+    with contextlib.suppress(ZeroDivisionError), engine.begin() as connection:
+        connection.execute(sa.text("SELECT 1"))
+        _ = 1 / 0
+
+
+def roll_back(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(sa.text("SELECT 1"))
+        connection.rollback()
+
+
+def fail_in_a_block(engine: sa.Engine) -> None:
+    failing = contextlib.suppress(ZeroDivisionError)
+    with engine.connect() as connection, failing, connection.begin():
+        _ = 1 / 0
+
+
+def roll_back_a_session(engine: sa.Engine) -> None:
+    with Session(engine) as session:
+        session.execute(sa.text("SELECT 1"))
+        session.rollback()
+
+
+def close_a_session_on_a_connection(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        with Session(connection, join_transaction_mode="rollback_only") as session:
+            session.execute(sa.text("SELECT 1"))
+        connection.commit()
+
+
+@pytest.mark.parametrize(
+    ("use", "ends"),
+    [
+        (close, True),
+        (close_a_session, True),
+        (fail_in_begin, True),
+        (roll_back, False),
+        (fail_in_a_block, False),
+        (roll_back_a_session, False),
+        (close_a_session_on_a_connection, False),
+    ],
+)
+def test_the_rollback_that_ends_a_use_can_be_told_from_the_applications_own(
+    use: Callable[[sa.Engine], None], ends: bool, tmp_path: Path
+):
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/database")
+    assert rollbacks(engine, use) == [ends]
+    engine.dispose()
+
+
+def test_a_close_can_be_told_from_what_wants_it(database: Database):
+    pool = QueuePool(database.connect, pool_size=1, dialect=StubDialect.of(database))
+    reasons = []
+
+    def look(connection: Any, record: Any) -> None:
+        reasons.append(_sqlalchemy.reason_to_close(record, -1, 0.0))
+
+    event.listen(pool, "close", look)
+    first, second, third = (pool.connect() for _ in range(3))
+    first.close()
+    second.close()
+    third.invalidate()
+    broken = pool.connect()
+    broken.dbapi_connection.is_closed = True  # so that its reset fails
+    broken.close()
+    pool.connect().close()
+    pool.dispose()
+    assert reasons == ["overflow", "invalidated", "reset", "disposed"]
+
+
+def test_the_records_of_a_pool_are_found_in_use_or_not(pool: QueuePool):
+    proxies = [pool.connect() for _ in range(3)]
+    records = {record_of(proxy) for proxy in proxies}
+    proxies.pop().close()
+    assert set(_sqlalchemy.records_of(pool)) == records
+
+
+def test_a_record_knows_when_it_began_to_connect(database: Database, pool: QueuePool):
+    record = record_of(pool.connect())
+    assert _sqlalchemy.seconds_since_connect(record, record.starttime + 2.0) == 2.0
+    assert _sqlalchemy.seconds_since_connect(record, record.starttime - 2.0) == 0.0
+
+
+def test_an_engine_with_options_stands_for_another_one():
+    engine = sa.create_engine("sqlite://", poolclass=NullPool)
+    twice = engine.execution_options(a=1).execution_options(b=1)
+    assert _sqlalchemy.root_engine(twice) is engine
+    assert _sqlalchemy.root_engine(engine) is engine
 
 
 # -- asyncio ---------------------------------------------------------------------------------

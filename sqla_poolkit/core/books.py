@@ -60,7 +60,6 @@ class Books:
         "forgotten",
         "integrated_until",
         "invalidations",
-        "observer_errors",
         "peak_checked_out",
         "peak_waiting",
         "ping_failures",
@@ -97,7 +96,6 @@ class Books:
         self.invalidations = 0
         self.detached = 0
         self.forgotten = 0
-        self.observer_errors = 0
         self.closes: dict[CloseReason, int] = {}
         self.peak_checked_out = 0
         self.peak_waiting = 0

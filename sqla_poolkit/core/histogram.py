@@ -63,7 +63,7 @@ class Recorder:
             counts[min(max(0, (head >> 1) - _FIRST_HEAD), _LAST)] += number
         self._count += len(gathered)
         self._sum += sum(gathered)
-        self._max = max(self._max, *gathered)
+        self._max = max(self._max, max(gathered))
         gathered.clear()
 
     @property
@@ -122,6 +122,13 @@ class Histogram:
     def buckets(self) -> tuple[tuple[float, int], ...]:
         """Return ``(upper bound in seconds, records in this bucket)`` of each non-empty bucket."""
         return tuple((_upper_bound(index), self.counts[index]) for index in sorted(self.counts))
+
+    def ranges(self) -> tuple[tuple[float, float, int], ...]:
+        """Return ``(lower, upper bound in seconds, records between)`` of each non-empty bucket."""
+        return tuple(
+            (_upper_bound(index - 1) if index else 0.0, _upper_bound(index), self.counts[index])
+            for index in sorted(self.counts)
+        )
 
     def __sub__(self, earlier: Histogram) -> Histogram:
         """Return what was recorded after ``earlier``; its maximum is exact to its bucket."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from .policies import Pace
 from .slots import Purpose, Request, Slot
@@ -55,7 +55,7 @@ class Lane:
         self.closing = 0
         self.owed = 0
         """Connections that were retired and are to be replaced."""
-        self.in_flight: dict[Purpose, int] = {"demand": 0, "replacement": 0, "fill": 0}
+        self.in_flight: dict[Purpose, int] = dict.fromkeys(get_args(Purpose), 0)
         """Attempts that count towards ``max_connecting``, by what they are made for."""
         self.pace = Pace()
         self.use_lifo(True)
@@ -65,6 +65,15 @@ class Lane:
         idle = self.idle
         self.take = idle.pop if is_lifo else idle.popleft
         self.put_back = idle.append if is_lifo else idle.appendleft
+
+    def shelve(self, slot: Slot) -> None:
+        """Put a connection among the idle ones, where the time of its return belongs."""
+        idle = self.idle
+        if not idle or idle[-1].idle_since <= slot.idle_since:
+            idle.append(slot)
+            return
+        place = next(n for n, other in enumerate(idle) if other.idle_since > slot.idle_since)
+        idle.insert(place, slot)
 
     @property
     def open(self) -> int:

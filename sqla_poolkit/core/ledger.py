@@ -12,6 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .books import Books, Row
+from .events import (
+    CheckoutCancelled,
+    CheckoutFailed,
+    CheckoutTimedOut,
+    CheckoutWaited,
+    ConnectFailed,
+    ConnectionClosed,
+    ConnectionLeaked,
+    ConnectionLost,
+    ConnectionOpened,
+)
+from .journal import Journal
 from .slots import CloseReason
 from .snapshot import Describe, SlotReading, read_books, read_rows
 
@@ -62,8 +74,9 @@ class Ledger:
     the time; the caller sees to it that calls do not overlap.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, journal: Journal | None = None) -> None:
         self.books = Books(now)
+        self.journal = journal or Journal()
         self._requests: dict[Hashable, _Request] = {}
         self._waiting: dict[Hashable, _Request] = {}
         self._links: dict[Hashable, _Link] = {}
@@ -160,10 +173,12 @@ class Ledger:
         books.checkout_time.record(now - asking.asked_at)
         if asking.has_waited:
             books.wait_ended(asking.waited, asking.holder, served=True)
+            if asking.waited >= self.journal.longest_untold_wait:
+                self.journal.write_of(CheckoutWaited, now, asking.holder, asking.waited)
         held = sum(hold.is_served for hold in self._holds.values())
         books.peak_checked_out = max(books.peak_checked_out, held)
 
-    def failed(self, _now: float, request: Hashable, outcome: Outcome) -> None:
+    def failed(self, now: float, request: Hashable, outcome: Outcome) -> None:
         """Note that the caller got nothing."""
         asking = self._requests.pop(request, None)
         if asking is None:
@@ -172,12 +187,17 @@ class Ledger:
         if len(books.failed_wait_time.gathered) >= _SORT_EACH:
             books.sort_records()
         books.requesting -= 1
+        write_of = self.journal.write_of
         if outcome == "timeout":
             books.timeouts += 1
+            held = sum(hold.is_served for hold in self._holds.values())
+            write_of(CheckoutTimedOut, now, asking.holder, asking.waited, held, len(self._waiting))
         elif outcome == "failed":
             books.failed += 1
+            write_of(CheckoutFailed, now, asking.holder, asking.waited)
         else:
             books.cancelled += 1
+            write_of(CheckoutCancelled, now, asking.holder, asking.waited)
         if asking.has_waited:
             books.wait_ended(asking.waited, asking.holder, served=False)
 
@@ -205,6 +225,9 @@ class Ledger:
         if kept is not None:
             self._links = {key: link for key, link in self._links.items() if link is not kept}
             self.books.detached += 1
+            hold = self._holds.get(place)
+            holder = None if hold is None else hold.holder
+            self.journal.write_of(ConnectionLost, now, holder, True)
 
     # -- connecting and closing --------------------------------------------------------------
 
@@ -219,6 +242,7 @@ class Ledger:
         self._attempts.pop(place, None)
         self.books.connects += 1
         self.books.connect_time.record(seconds)
+        self.journal.write(ConnectionOpened, now, seconds)
         self._links[connection] = self._at[place] = _Link(place, now, now)
 
     def connect_failed(self, now: float, place: Hashable) -> None:
@@ -226,6 +250,7 @@ class Ledger:
         self._advance(now)
         self._attempts.pop(place, None)
         self.books.connect_failures += 1
+        self.journal.write(ConnectFailed, now, self.journal.last_connect_error)
 
     def close_began(self, now: float, connection: Hashable) -> None:
         """Note that a connection is being closed."""
@@ -239,9 +264,15 @@ class Ledger:
     def closed(self, now: float, connection: Hashable, reason: CloseReason) -> None:
         """Note that a connection was closed."""
         self._advance(now)
-        if self._unlink(connection) is not None:
-            self.books.count_close(reason)
-            self.books.invalidations += reason == "invalidated"
+        link = self._unlink(connection)
+        if link is None:
+            return
+        self.books.count_close(reason)
+        self.books.invalidations += reason == "invalidated"
+        hold = self._holds.get(link.place)
+        if reason == "leaked" and hold is not None:
+            self.journal.write_of(ConnectionLeaked, now, hold.holder, now - hold.since)
+        self.journal.write(ConnectionClosed, now, reason, now - link.opened_at, link.uses)
 
     def _unlink(self, connection: Hashable) -> _Link | None:
         link = self._links.pop(connection, None)
@@ -257,9 +288,15 @@ class Ledger:
         return None if link is None else link.opened_at
 
     def read(
-        self, now: float, describe: Describe, *, has_callers: bool, max_size: int | None
+        self,
+        now: float,
+        describe: Describe,
+        *,
+        has_callers: bool,
+        max_size: int | None,
+        has_rows: bool = True,
     ) -> dict[str, Any]:
-        """Return the fields of a snapshot."""
+        """Return the fields of a snapshot; ``has_rows`` as in ``read_rows``."""
         self._advance(now)
         self.books.sort_records()
         waits = {
@@ -280,11 +317,13 @@ class Ledger:
         ]
         return {
             **read_books(self.books, now),
-            **read_rows(self.books, parts, describe, has_callers=has_callers),
+            **read_rows(self.books, parts, describe, has_callers=has_callers, has_rows=has_rows),
             **self._gauges(),
             "oldest_wait_seconds": max((waits[request] for request in self._waiting), default=0.0),
             "waiting_seconds": sum(waits.values()),
+            "observer_errors": self.journal.errors,
             "phase": "open",
+            "is_down": None,
             "max_size": max_size,
             "is_unlimited": max_size is None,
             "slots": tuple(self._read_slots(now, describe)),

@@ -1,49 +1,126 @@
-"""The rules that weigh: how many connects are worth starting, when to try again, who ages when."""
+"""The rules that weigh: how many connects are worth it, when to try again, who is due when."""
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 
 from .histogram import Recorder
+from .slots import ConnectFault
 
-__all__ = ["Backoff", "Pace", "spread_age"]
+__all__ = ["Breaker", "Pace", "spread"]
 
 _LEAST_CONNECT_SECONDS = 0.05
 _SHARE_TO_WATCH = 0.1  # of a connect: so long a queue is watched before a second attempt starts
 _GOLDEN = 0.6180339887498949
+_FAILURES_TO_OPEN = 3
+_FAILING_SECONDS = 0.5
+_LEAST_SECONDS_APART = 0.5
+_MOST_SECONDS_APART = 0.9  # a recovery shall be noticed within a second
+_MOST_SECONDS_AFTER_DENIAL = 30.0
 
 
-def spread_age(offset: float, number: int) -> float:
-    """Return the share of ``max_lifetime`` after which connection ``number`` ages: 0.75 to 1.
+def spread(offset: float, number: int) -> float:
+    """Return a number between 0 and 1 for connection ``number``, to space what is due for each.
 
     Multiples of the golden ratio are spaced as evenly as can be at every length of the sequence,
     so a fleet opened at once never reconnects at once; ``offset`` (0 to 1) tells processes apart.
     """
-    return 0.75 + 0.25 * ((offset + number * _GOLDEN) % 1.0)
+    return (offset + number * _GOLDEN) % 1.0
 
 
-class Backoff:
-    """How long to leave connecting alone after failures: 0.1 s, doubled each time, up to 1 s.
+class Breaker:
+    """When to leave connecting alone after failures, and when to call the database down.
 
-    The pause is stretched by up to half at random, so that processes do not knock together.
+    *Closed*, each failure pauses growth: for 0.1 s, doubled each time, up to 1 s, stretched by up
+    to half at random so that processes do not knock together.  It *opens* after three failures in
+    a row over at least half a second while no connection was open.  Open, it allows one attempt at
+    a time, 0.5 to 0.9 s after the one before (decorrelated jitter: M. Brooker, "Exponential Backoff
+    and Jitter"); after a refused password up to 30 s, or the server would lock the account.  The
+    first success closes it.
     """
 
-    __slots__ = ("_failures", "until")
+    __slots__ = (
+        "_bare_failures",
+        "_denials",
+        "_failing_since",
+        "_failures",
+        "_pause",
+        "failed_at",
+        "is_congested",
+        "is_open",
+        "until",
+    )
 
     def __init__(self) -> None:
+        self.is_open = False
         self._failures = 0
-        self.until = float("-inf")
+        self._bare_failures = 0
+        self._denials = 0
+        self._failing_since = inf
+        self._pause = 0.0
+        self.until = -inf
+        """No attempt before this moment, except for who waits and has no connection to wait for."""
+        self.failed_at = -inf
+        """When the last attempt failed, or took too long."""
+        self.is_congested = False
+        """The server said that it has too many connections."""
 
-    def failed(self, now: float, chance: float) -> None:
-        """Note a failed attempt; ``chance`` is a random number between 0 and 1."""
+    def failed(
+        self, began_at: float, now: float, chance: float, fault: ConnectFault, *, is_bare: bool
+    ) -> bool:
+        """Note a failed attempt; return whether the breaker opens because of it.
+
+        :param began_at: when the attempt began.
+        :param chance: a random number between 0 and 1.
+        :param is_bare: whether no connection is open.
+        """
+        if fault == "congestion" or not is_bare:
+            # the server is there
+            self._failing_since = inf
+            self._bare_failures = 0
+        else:
+            self._failing_since = min(self._failing_since, began_at)
+            self._bare_failures += 1
         pause = min(1.0, 0.1 * 2.0 ** min(self._failures, 10)) * (1.0 + 0.5 * chance)
         self._failures += 1
+        self._denials = self._denials + 1 if fault == "authentication" else 0
+        has_failed_long = now - self._failing_since >= _FAILING_SECONDS
+        has_failed_often = self._bare_failures >= _FAILURES_TO_OPEN
+        opens = not self.is_open and has_failed_often and has_failed_long
+        self.is_open |= opens
+        if self.is_open:
+            self._pause = min(_MOST_SECONDS_APART, _apart(self._pause, chance))
+            pause = self._pause
+            if self._denials > _FAILURES_TO_OPEN:
+                doublings = min(self._denials - _FAILURES_TO_OPEN, 10)
+                pause = min(_MOST_SECONDS_AFTER_DENIAL, pause * 2.0**doublings)
+        elif fault == "congestion":
+            pause = max(pause, _LEAST_SECONDS_APART * (1.0 + chance))
+        self.is_congested = fault == "congestion"
+        self.failed_at = now
         self.until = now + pause
+        return opens
 
     def succeeded(self) -> None:
         """Forget the failures."""
+        self.is_open = False
+        self.is_congested = False
+        self.until = -inf
         self._failures = 0
-        self.until = float("-inf")
+        self._bare_failures = 0
+        self._denials = 0
+        self._failing_since = inf
+        self._pause = 0.0
+
+    def forget(self) -> None:
+        """Let the next caller try for himself; one more failure opens the breaker again."""
+        self.is_open = False
+        self.until = -inf
+
+
+def _apart(before: float, chance: float) -> float:
+    """Return a pause that depends on the one before and on chance."""
+    return _LEAST_SECONDS_APART + chance * max(0.0, 3.0 * before - _LEAST_SECONDS_APART)
 
 
 class Pace:

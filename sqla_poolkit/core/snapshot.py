@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .books import Books
@@ -48,6 +49,7 @@ _COUNTERS = (
     "forgotten",
     "observer_errors",
 )
+_COUNTERS_OF_BOOKS = tuple(name for name in _COUNTERS if name != "observer_errors")
 _HISTOGRAMS = ("checkout_time", "wait_time", "connect_time", "use_time", "failed_wait_time")
 
 
@@ -56,23 +58,32 @@ class HolderTotals:
     """What one label or caller did, holds and waits in progress included.
 
     ``wait_caused_seconds`` is its part of everybody's waiting: at each instant the waiting is
-    split equally over the slots that are not idle, and a holder answers for its slots.
+    split equally over the slots that are not idle, and a holder answers for its slots.  ``None``
+    means that this kind of pool cannot know.
     """
 
     checkouts: int = 0
     use_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    wait_caused_seconds: float = 0.0
+    wait_seconds: float | None = 0.0
+    wait_caused_seconds: float | None = 0.0
 
     def __add__(self, other: HolderTotals) -> HolderTotals:
         """Return both together."""
-        return HolderTotals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return self._with(operator.add, other)
 
     def __sub__(self, earlier: HolderTotals) -> HolderTotals:
         """Return what was added since ``earlier``."""
+        return self._with(operator.sub, earlier)
+
+    def _with(self, combine: Callable[[Any, Any], Any], other: HolderTotals) -> HolderTotals:
+        names = [field.name for field in fields(self)]
         return HolderTotals(
-            *(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self))
+            *(_maybe(combine, getattr(self, name), getattr(other, name)) for name in names)
         )
+
+    def without_waits(self) -> HolderTotals:
+        """Return the same where waits are not known."""
+        return replace(self, wait_seconds=None, wait_caused_seconds=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +123,17 @@ class PoolSnapshot:
 
     phase: str
     """``open``, ``paused`` (nothing is handed out) or ``closed`` (for good)."""
+    is_down: bool | None
+    """Whether the pool knows that the database is down."""
     open: int
     """Connections open: idle, checked out or being checked."""
     idle: int
     checked_out: int
     checking: int
     """Being seen to be alive before they are handed out."""
-    connecting: int
+    connecting: int | None
     closing: int
-    requesting: int
+    requesting: int | None
     """Callers that asked and are neither served nor turned away yet; ``waiting`` are among them."""
     waiting: int | None
     oldest_wait_seconds: float | None
@@ -134,21 +147,21 @@ class PoolSnapshot:
     peak_checked_out: int | None
     peak_waiting: int | None
 
-    requests: int
+    requests: int | None
     checkouts: int
     """Requests that were served."""
     waits: int | None
     """Requests that had to queue, whatever became of them."""
-    timeouts: int
+    timeouts: int | None
     rejected: int
     """Turned away because ``max_waiting`` callers waited already."""
-    cancelled: int
-    failed: int
+    cancelled: int | None
+    failed: int | None
     """Requests that ended in the driver's or a listener's error, or in a closed pool."""
     unavailable: int
     checkins: int
     connects: int
-    connect_failures: int
+    connect_failures: int | None
     pings: int | None
     probes: int | None
     ping_failures: int | None
@@ -161,7 +174,7 @@ class PoolSnapshot:
     """How many connections were closed, by reason."""
     observer_errors: int
 
-    checkout_time: Histogram
+    checkout_time: Histogram | None
     """From asking to having, of requests that were served."""
     wait_time: Histogram | None
     """In the queue, of requests that were served."""
@@ -224,6 +237,7 @@ class PoolSnapshot:
             min_size=_total(sum, [s.min_size for s in each]),
             max_size=_total(sum, limits),
             is_unlimited=any(s.is_unlimited for s in each),
+            is_down=_total(any, [s.is_down for s in each]),
             peak_checked_out=None,
             peak_waiting=None,
             closes=_merge_maps([s.closes for s in each]),
@@ -247,17 +261,17 @@ class PoolInterval:
     started_at: float
     """Wall clock, seconds since the epoch."""
     seconds: float
-    requests: int
+    requests: int | None
     checkouts: int
     waits: int | None
-    timeouts: int
+    timeouts: int | None
     rejected: int
-    cancelled: int
-    failed: int
+    cancelled: int | None
+    failed: int | None
     unavailable: int
     checkins: int
     connects: int
-    connect_failures: int
+    connect_failures: int | None
     pings: int | None
     probes: int | None
     ping_failures: int | None
@@ -267,7 +281,7 @@ class PoolInterval:
     forgotten: int
     closes: Mapping[str, int]
     observer_errors: int
-    checkout_time: Histogram
+    checkout_time: Histogram | None
     wait_time: Histogram | None
     connect_time: Histogram
     use_time: Histogram
@@ -301,7 +315,7 @@ def read_books(books: Books, now: float) -> dict[str, Any]:
     """Return the fields of a snapshot that come from the books alone."""
     values: dict[str, Any] = {
         name: getattr(books, name)
-        for name in (*_COUNTERS, "peak_checked_out", "peak_waiting", "requesting")
+        for name in (*_COUNTERS_OF_BOOKS, "peak_checked_out", "peak_waiting", "requesting")
     }
     values.update({name: getattr(books, name).freeze() for name in _HISTOGRAMS})
     values["uptime_seconds"] = now - books.started_at
@@ -314,9 +328,19 @@ Part = tuple[Hashable, float, float, float]
 
 
 def read_rows(
-    books: Books, parts: Iterable[Part], describe: Describe, *, has_callers: bool
+    books: Books,
+    parts: Iterable[Part],
+    describe: Describe,
+    *,
+    has_callers: bool,
+    has_rows: bool = True,
 ) -> dict[str, Any]:
-    """Return ``labels`` and ``callers``: the holders' rows, and ``parts`` still in progress."""
+    """Return ``labels`` and ``callers``: the holders' rows, and ``parts`` still in progress.
+
+    :param has_rows: False leaves them out, of which there may be thousands.
+    """
+    if not has_rows:
+        return {"labels": {}, "callers": None}
     causes = {
         "(connecting)": books.caused_by_connecting,
         "(checking)": books.caused_by_checking,
@@ -354,10 +378,16 @@ def _add_to(rows: dict[str, HolderTotals], name: str, totals: HolderTotals) -> N
     rows[name] = totals if before is None else before + totals
 
 
+"""What a reading has in place of the holders' rows when it does without them."""
+
+
 def read_machine(
-    machine: Machine, now: float, describe: Describe, *, has_callers: bool
+    machine: Machine, now: float, describe: Describe, *, has_callers: bool, has_rows: bool = True
 ) -> dict[str, Any]:
-    """Return the fields of a snapshot that the state machine knows; to be called under its lock."""
+    """Return the fields of a snapshot that the state machine knows; to be called under its lock.
+
+    :param has_rows: False leaves out the rows of the holders, of which there may be thousands.
+    """
     books = machine.books
     if machine.waiting:
         machine.advance(now)
@@ -379,9 +409,11 @@ def read_machine(
     config = machine.config
     return {
         **read_books(books, now),
-        **read_rows(books, holds + queued, describe, has_callers=has_callers),
+        **read_rows(books, holds + queued, describe, has_callers=has_callers, has_rows=has_rows),
+        "observer_errors": machine.journal.errors,
         "settings": config.public(),
         "phase": machine.phase,
+        "is_down": machine.is_down(now),
         "open": machine.open,
         "idle": machine.idle,
         "checked_out": machine.checked_out,
@@ -449,10 +481,13 @@ def _less(later: Mapping[str, int], earlier: Mapping[str, int]) -> dict[str, int
     return {key: value - earlier.get(key, 0) for key, value in later.items()}
 
 
+_NOTHING = HolderTotals()
+
+
 def _rows_less(
     later: Mapping[str, HolderTotals], earlier: Mapping[str, HolderTotals]
 ) -> dict[str, HolderTotals]:
-    return {key: row - earlier.get(key, HolderTotals()) for key, row in later.items()}
+    return {key: row - earlier.get(key, _NOTHING) for key, row in later.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -120,8 +120,8 @@ def conclusions(one: Result, other: Result) -> Iterator[str]:
     )
     if mine.wait_seconds and theirs.wait_seconds:
         yield f"{_most_to_blame(one)} {_most_to_blame(other)}"
-    if other.books is not None:
-        times = other.books.checkout_time
+    times = None if other.books is None else other.books.checkout_time
+    if other.books is not None and times is not None:
         yield (
             f"{other.pool} knows by itself what its callers measured, pool.snapshot() says: "
             f"{other.books.checkouts:,} checkouts, p50 {duration(times.quantile(0.5))}, "

@@ -12,9 +12,9 @@ import sqlalchemy
 
 from ..core.holders import current_label
 
-__all__ = ["describe_holder", "holder_finder"]
+__all__ = ["OWN_FOLDER", "describe_holder", "holder_finder", "is_of_application", "stack_behind"]
 
-_OWN_FOLDERS = tuple(
+_SQLALCHEMY, OWN_FOLDER = (
     os.path.dirname(os.path.abspath(path)) + os.sep
     for path in (sqlalchemy.__file__, os.path.dirname(os.path.abspath(__file__)))
 )
@@ -48,12 +48,17 @@ def holder_finder(track: str, *, is_asyncio: bool = False) -> Callable[[], Holde
     return _whole_stack if track == "stack" else _first_place
 
 
+def is_of_application(code: CodeType) -> bool:
+    """Tell whether code is neither SQLAlchemy's nor this package's."""
+    own = (_SQLALCHEMY, OWN_FOLDER, "<string>", "<sqlalchemy generated")
+    return not code.co_filename.startswith(own)
+
+
 def _learn(code: CodeType) -> bool:
     key = id(code)
     _codes[key] = code
-    is_own = code.co_filename.startswith((*_OWN_FOLDERS, "<string>", "<sqlalchemy generated"))
-    _application[key] = not is_own
-    return not is_own
+    _application[key] = is_of_application(code)
+    return _application[key]
 
 
 def _application_frame(frame: FrameType | None) -> FrameType | None:
@@ -98,7 +103,8 @@ def _asyncio_stack() -> Holder:
 
 def _frame_behind_greenlet() -> FrameType | None:
     """Return the first frame of the application among those that wait for this greenlet."""
-    parent = sys.modules["greenlet"].getcurrent().parent
+    greenlet = sys.modules.get("greenlet")
+    parent = None if greenlet is None else greenlet.getcurrent().parent
     while parent is not None:
         frame = _application_frame(parent.gr_frame)
         if frame is not None:
@@ -122,6 +128,11 @@ def _stack(frame: FrameType | None) -> Holder:
         places.append((id(code), frame.f_lasti))
         frame = frame.f_back
     return (current_label.get(), tuple(places))
+
+
+def stack_behind(frame: FrameType | None) -> Holder:
+    """Return who called from this frame, for listeners, whose depth is SQLAlchemy's to choose."""
+    return _stack(_application_frame(frame) or _frame_behind_greenlet())
 
 
 def describe_holder(holder: Holder) -> tuple[str | None, str | None]:

@@ -16,39 +16,59 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..config import UNSET, PoolConfig
+from ..core.events import PoolEvent
+from ..core.journal import Journal
 from ..core.machine import Machine
 from ..core.slots import (
     CHECKED_OUT,
     CHECKING,
     CLOSING,
     CONNECTING,
+    Check,
     Close,
     CloseReason,
+    Locate,
     Open,
     Request,
+    SeekDeadlock,
     Slot,
+    Tell,
     Wake,
+    slots_of,
 )
 from ..core.snapshot import PoolSnapshot, read_machine
 from ..errors import PoolClosed, PoolMisuse
-from . import _liveness, _sqlalchemy, _sync
+from . import _faults, _liveness, _sqlalchemy, _sync
+from ._audit import Auditor
 from ._callers import describe_holder
 from ._collector import collect_garbage
-from ._messages import describe_error, not_ready_error, overloaded_error, timeout_error
+from ._guards import Guard
+from ._messages import (
+    deadlock_error,
+    describe_error,
+    not_ready_error,
+    overloaded_error,
+    timeout_error,
+    unavailable_error,
+)
+from ._searches import Searches
 from ._sqlalchemy import ConnectionPoolEntry, assign_slot, slot_of
 
 if TYPE_CHECKING:
     from ..core.lanes import Lane
     from ..core.slots import Decision
+    from ._credentials import Credentials
+    from ._sessions import SessionCleaner
     from .managed import Managed
 
 __all__ = ["Done", "Driver", "Job"]
 
-_AUDIT_SECONDS = 1.0
+_RETRY_SECONDS = 1.0
 _SHARE_SECONDS = 0.02
+_CLOCK_JUMP_SECONDS = 1.0
 
 
 _Got = TypeVar("_Got")
@@ -80,38 +100,79 @@ class Driver(ABC):
     through ``inbox``, and whoever holds the lock leaves it to be emptied after the release.
     """
 
-    lane: Lane | None = None
+    __slots__ = (
+        "__weakref__",
+        "_auditor",
+        "_last_cause",
+        "_next_upkeep",
+        "_pools",
+        "_reading",
+        "_spares",
+        "_watchers",
+        "backlog",
+        "caller",
+        "clean_session",
+        "clock",
+        "confirming",
+        "credentials",
+        "find_holder",
+        "holds_lock",
+        "in_hand",
+        "inbox",
+        "is_inline",
+        "journal",
+        "lane",
+        "lock",
+        "machine",
+        "owner",
+        "searches",
+    )
+
+    lane: Lane | None
     """The one lane of all callers; None where each has to find its own."""
     find_holder: Callable[[], Hashable]
     """Returns who asks; to be called from ``_do_get`` itself."""
+    sees_callers = True
+    """Whether it can be seen that a caller is at work on a slot."""
     caller: Callable[[], Hashable]
     """Returns what tells callers apart who are in the middle of a checkout."""
+    owner: Callable[[], Hashable]
+    """Returns the present thread or task."""
 
     def __init__(self, config: PoolConfig, lanes: int) -> None:
+        self.lane = None
         self.lock = _sync.RLock()
         self.holds_lock = _sync.ownership_of(self.lock)
         self.clock = _sync.monotonic
-        self.machine = Machine(config, self.clock(), random.random, self.new_parker, lanes)
+        self.journal = Journal(describe_holder)
+        self.machine = Machine(
+            config, self.clock(), random.random, self.new_parker, lanes, self.journal
+        )
         self._spares: list[ConnectionPoolEntry] = []
         """Records without a connection, to be filled again; their ``record_info`` survives."""
-        self._suspects: dict[Slot, tuple[int, float]] = {}
-        """At which use, and since when, nobody seems to hold it."""
-        self._next_audit = 0.0
-        self._returns_seen = -1
-        self._stuck_since = inf
+        self._auditor = Auditor()
+        self.searches = Searches()
+        self.journal.clock_offset = _sync.wall_clock() - self.clock()
 
         self.inbox: deque[Slot] = deque()
-        self._backlog: deque[Decision] = deque()
+        self.backlog: deque[Decision] = deque()
         """What a return decided, for the upkeep: a return must not start threads."""
         self._watchers: list[Any] = []
         self._next_upkeep = inf
         self.confirming: set[Hashable] = set()
         """Callers whose checkout counts only after the ``checkout`` listeners agreed."""
-        self.last_connect_error: str | None = None
-        self._reading: tuple[float, PoolSnapshot] | None = None
+        self.in_hand: set[Slot] = set()
+        """Slots whose background work was begun and has not ended yet."""
+        self._last_cause: BaseException | None = None
+        """What the last attempt ended in; None if it succeeded, or none has ended."""
+        self._reading: tuple[float, PoolSnapshot, tuple[PoolEvent, ...]] | None = None
         self._pools: list[weakref.ref[Managed]] = []
         """The pool and its predecessors; the last one that is alive opens the connections."""
-        self._is_inline = config.upkeep == "inline"
+        self.is_inline = config.upkeep == "inline"
+        self.credentials: Credentials | None = None
+        """Where connect arguments come from that change; None if they do not."""
+        self.clean_session: SessionCleaner | None = None
+        """What is done to a returned connection beyond a rollback."""
 
     # -- what differs between threads and event loops ----------------------------------------
 
@@ -144,8 +205,12 @@ class Driver(ABC):
         """Have the upkeep look now."""
 
     @abstractmethod
-    def _is_being_handled(self, slot: Slot) -> bool:
+    def is_being_handled(self, slot: Slot) -> bool:
         """Tell whether somebody is just now checking this slot's record out or in."""
+
+    @abstractmethod
+    def _arm(self, record: ConnectionPoolEntry, seconds: float) -> Guard:
+        """Have a record's connection cut off unless the guard is disarmed within these seconds."""
 
     @abstractmethod
     def _cut_off(self, connection: Any) -> None:
@@ -163,39 +228,26 @@ class Driver(ABC):
         has_predecessor = bool(self._pools)
         self._pools = [reference for reference in self._pools if reference() is not None]
         self._pools.append(weakref.ref(pool))
+
+        def take_over(now: float) -> None:
+            self._spares.clear()
+            self.machine.retire_all(now, "disposed")
+
         if has_predecessor:
-            with self.lock:
-                self.take_returns()
-                self._spares.clear()
-                self.machine.retire_all(self.clock(), "disposed")
-                decisions = self.machine.take_decisions()
-            self._carry_out(decisions)
+            self.step(take_over)
 
     # -- checkout ----------------------------------------------------------------------------
 
     def finish_checkout(self, got: Slot | Request) -> ConnectionPoolEntry:
         """Bring a checkout to its end that was not served at once, or that left work to do."""
-        if self.machine.decisions:
-            got = self._step(lambda _: got)
-        if self.inbox:
-            # a return that came in between found nobody waiting
-            self.empty_inbox()
-        if got.state is CHECKED_OUT:
-            return _record(got)
-        return self._obtain(got)
-
-    def _obtain(self, got: Slot | Request) -> ConnectionPoolEntry:
-        """Wait, check and connect as the state machine says."""
         try:
+            if self.machine.decisions:
+                got = self.step(lambda _: got)
+            if self.inbox:
+                # a return that came in between found nobody waiting
+                self.empty_inbox()
             while got.state is not CHECKED_OUT:
-                if isinstance(got, Request):
-                    got = self._wait(got)
-                elif got.state == CHECKING:
-                    got = self._check(got)
-                elif got.state == CONNECTING:
-                    got = self._connect_here(got)
-                else:
-                    self._refuse()
+                got = self._go_on(got)
         except BaseException as error:
             # a name for the error here would be a cycle through its traceback, which holds the
             # frames of the caller and all that they have dropped
@@ -203,9 +255,28 @@ class Driver(ABC):
             raise
         return _record(got)
 
+    def _go_on(self, got: Slot | Request) -> Slot | Request:
+        """Wait, check or connect, as the state machine says."""
+        if isinstance(got, Request):
+            return self._wait(got)
+        if got.state == CHECKING:
+            return self._check(got)
+        if got.state != CONNECTING:
+            if self.machine.is_closed:
+                self._refuse()
+            raise PoolMisuse(
+                f"the connection that a caller of pool {self.config.name!r} was about to get was "
+                "reclaimed, because nobody seemed to wait for it; please try again"
+            )
+        return self._connect_here(got)
+
     def _abandon(self, got: Slot | Request, error: BaseException) -> None:
         """End a checkout whose caller leaves with an exception."""
-        self._step(partial(self.machine.abandon, got, error=error))
+        was_connecting = got.state == CONNECTING
+        fault = _faults.connect_fault(error) if was_connecting else "other"
+        self.step(partial(self.machine.abandon, got, error=error, fault=fault))
+        if was_connecting:
+            self._mind_growth()  # somebody has to see when the database is there again
 
     def refuse_nested(self) -> None:
         """Refuse what the garbage collector asks for while this thread holds the lock."""
@@ -214,14 +285,14 @@ class Driver(ABC):
             "pool's own work; do not use the database, nor look at the pool, in __del__"
         )
 
-    def _refuse(self) -> None:
+    def _refuse(self) -> NoReturn:
         raise PoolClosed(self._closed_message())
 
     def listeners_decide(self) -> bool:
         """Tell whether listeners have yet to agree to the present caller's checkout."""
         return self.caller() in self.confirming
 
-    def _step(self, change: Callable[[float], _Got]) -> _Got:
+    def step(self, change: Callable[[float], _Got]) -> _Got:
         """Make one change under the lock, and carry out what it decides."""
         if self.holds_lock():
             self.refuse_nested()
@@ -229,12 +300,18 @@ class Driver(ABC):
             self.take_returns()
             got = change(self.clock())
             decisions = self.machine.take_decisions()
+            served = got if decisions and isinstance(got, Slot) else None
+            if served is not None:
+                self.in_hand.add(served)  # its caller comes to it after what was decided with it
         try:
             self._carry_out(decisions)
         except BaseException as error:
             if isinstance(got, Slot | Request):
                 self._abandon(got, error)
             raise
+        finally:
+            if served is not None:
+                self.in_hand.discard(served)
         return got
 
     def hold_back(self, got: Slot | Request) -> None:
@@ -249,16 +326,20 @@ class Driver(ABC):
         """Sleep until the request is granted, has failed, or its deadline passes."""
         machine = self.machine
         slot: Slot | None = None
+        request.owner = self.owner()
+        if machine.config.on_deadlock == "raise":
+            self.step(lambda now: machine.refuse_deadlock(request, now))
         # again if it was queued again, and an earlier grant's wake-up came after it had looked
         while slot is None and request.failure is None:
-            if machine.may_grow or machine.config.collect_leaks:
+            if machine.may_grow or machine.is_hasty:
                 self._mind_growth()
             if self._sleep(request):
                 # granted or failed: whoever woke us has settled everything
                 slot = request.slot
             else:
-                slot = self._step(lambda now: machine.expire(request, now))
+                slot = self.step(lambda now: machine.expire(request, now))
         request.is_awake = True
+        request.owner = None
         if slot is None:
             raise self._failure(request)
         return slot
@@ -277,17 +358,45 @@ class Driver(ABC):
             return error
         if request.failure == "closed":
             return PoolClosed(self._closed_message())
+        if request.failure == "unavailable":
+            return self._unavailable()
         waited = self.clock() - request.asked_at
         if request.failure == "rejected":
-            return overloaded_error(self.config, self._step(lambda _: self._gauges()))
-        return timeout_error(self._recent_snapshot(), waited, self.last_connect_error)
+            return overloaded_error(self.config, self.step(lambda _: self._gauges()))
+        snapshot, events = self._recent_reading()
+        if request.failure == "deadlock" and request.deadlock is not None:
+            return deadlock_error(snapshot, self.events(), request.deadlock)
+        last_error = self.journal.last_connect_error
+        return timeout_error(snapshot, events, waited, last_error, request.deadlock)
 
-    def _recent_snapshot(self) -> PoolSnapshot:
-        """Return a snapshot for an error: callers who give up together share one reading."""
+    def _unavailable(self) -> BaseException:
+        """Return the error of a caller who is turned away because the database is down."""
+        self._mind_growth()  # in a new event loop nobody looks for the database yet
+        cause = self._last_cause
+        return unavailable_error(
+            self.config.name,
+            None if cause is None else _faults.keepsake(cause),
+            None if cause is None else self.journal.last_connect_error,
+            self.clock() - self.machine.breaker.failed_at,
+            self.events(),
+        )
+
+    def _recent_reading(self) -> tuple[PoolSnapshot, tuple[PoolEvent, ...]]:
+        """Return state and past for an error: callers who give up together share one reading."""
         now = self.clock()
         if self._reading is None or now - self._reading[0] > _SHARE_SECONDS:
-            self._reading = (now, self.snapshot())
-        return self._reading[1]
+            self._reading = (now, self.snapshot(), self.events())
+        return self._reading[1:]
+
+    def tell(self, kind: type[PoolEvent], *details: Any) -> None:
+        """Write an event down that happened just now, and have the readers see to it."""
+        self.step(lambda now: self.journal.write(kind, now, *details))
+        if self.journal.has_news:
+            self.journal.wake_readers()
+
+    def events(self) -> tuple[PoolEvent, ...]:
+        """Return the last events, the newest last."""
+        return self.step(lambda _: self.journal.last())
 
     def _closed_message(self) -> str:
         return (
@@ -313,26 +422,110 @@ class Driver(ABC):
         machine = self.machine
         record = slot.resource
         probe: _liveness.Probe | None = record.probe
-        stale: CloseReason | None = None
-        pinged = False
-        if probe is None or slot.needs_ping or not probe():
-            pinged = True
-            if not _sqlalchemy.ping(self.current_pool(), record.dbapi_connection):
-                stale = "ping"
+        looks = "suspect" if probe is None else probe()
+        stale: CloseReason | None = "probe" if looks == "dead" else None
+        pinged = looks == "suspect" or (stale is None and slot.needs_ping)
+        was_cut = False
+        if pinged:
+            seconds = self._seconds_left(slot)
+            if seconds <= 0.0:
+                return self.step(partial(machine.check_expired, slot))
+            is_alive, was_cut = self._ping(record, seconds)
+            stale = None if is_alive else "ping"
         probed = probe is not None
 
         def change(now: float) -> Slot | Request:
-            got = machine.checked(slot, now, pinged=pinged, probed=probed, stale=stale)
+            got = machine.checked(
+                slot, now, pinged=pinged, probed=probed, stale=stale, was_cut=was_cut
+            )
             self.hold_back(got)
             return got
 
-        return self._step(change)
+        return self.step(change)
+
+    def _seconds_left(self, slot: Slot) -> float:
+        """Return how long the ping of a slot may take that a caller waits for."""
+        request = slot.request
+        limit = self.config.ping_timeout
+        if request is None or request.deadline is None or self.config.timeout == 0:
+            return limit
+        return min(limit, request.deadline - self.clock())
+
+    def _ping(self, record: ConnectionPoolEntry, seconds: float) -> tuple[bool, bool]:
+        """Ping a connection, for at most so long; return whether it is alive, and was cut off."""
+        guard = self._arm(record, seconds)
+        is_alive = False
+        try:
+            is_alive = _sqlalchemy.ping(self.current_pool(), record.dbapi_connection)
+        except Exception:
+            guard.disarm()
+            if not guard.was_cut:
+                raise
+        finally:
+            guard.disarm()
+        return is_alive and not guard.was_cut, guard.was_cut
+
+    def guard_reset(self, record: ConnectionPoolEntry, reset: Callable[[], object]) -> None:
+        """Reset a returned connection, within the time that a ping may take."""
+        slot = slot_of(record)
+        if slot is not None and slot.reason == "reset":
+            return  # its last ROLLBACK hung already, so it is closed
+        is_busy = record.is_busy  # type: ignore[attr-defined]
+        if is_busy is not None and is_busy():
+            raise PoolMisuse(
+                f"a connection came back to pool {self.config.name!r} in the middle of a COPY or "
+                "while another thread used it; it is closed. Leave the 'with' block of the copy "
+                "before you close the connection"
+            )
+        guard = self._arm(record, self.config.ping_timeout)
+        try:
+            reset()
+        finally:
+            guard.disarm()
+
+    def guard_last_rollback(self, record: ConnectionPoolEntry, reset: Callable[[], object]) -> None:
+        """Do the ROLLBACK that ends the use of a connection, within the time of a ping.
+
+        One that hangs is nothing that its holder could see to: he is done.  The connection is
+        closed when it comes back, which is next.
+        """
+        is_busy = record.is_busy  # type: ignore[attr-defined]
+        if is_busy is not None and is_busy():
+            self._give_up_reset(record)
+            return
+        guard = self._arm(record, self.config.ping_timeout)
+        try:
+            reset()
+        except Exception as error:
+            guard.disarm()
+            if not guard.was_cut:
+                raise
+            self._give_up_reset(record, error)
+        finally:
+            guard.disarm()
+
+    def _give_up_reset(
+        self, record: ConnectionPoolEntry, error: BaseException | None = None
+    ) -> None:
+        """Have a connection closed on its return, whose reset does not end."""
+        slot, pool = slot_of(record), self.served_pool()
+        if slot is not None:
+            self.machine.doom(slot, "reset")
+        if pool is not None:
+            pool.logger.error(
+                "A ROLLBACK at the end of the use of a connection of pool %r %s; it is closed",
+                self.config.name,
+                "would have waited for a COPY"
+                if error is None
+                else f"took longer than ping_timeout={self.config.ping_timeout:g} s",
+                exc_info=error,
+            )
 
     def confirm(self, record: ConnectionPoolEntry | None) -> None:
         """Count a checkout as served after its listeners agreed."""
         slot = None if record is None else slot_of(record)
         if slot is not None:
-            self._step(lambda _: self.machine.confirm(slot))
+            self.step(lambda _: self.machine.confirm(slot))
         else:
             self.empty_inbox()
 
@@ -352,8 +545,73 @@ class Driver(ABC):
             if record is not None and record.dbapi_connection is not None:
                 checkin(slot, slot.returned_at)
             elif slot.state is CHECKED_OUT:
-                self._let_go(slot)
+                self.let_go(slot)
                 checkin(slot, slot.returned_at, "detached" if slot.is_detached else "lost")
+
+    def tidier(self, connection: Any) -> Callable[[], bool] | None:
+        """Return what makes a returned connection fit for the next holder; None if that is nothing.
+
+        What it returns answers False if the connection must not be used again.
+        """
+        pool = self.served_pool()
+        if pool is None or not (_sqlalchemy.resets_on_return(pool) or self.clean_session):
+            return None
+        is_at_rest = _liveness.rest_check_for(connection)
+        clean = self.clean_session
+        if clean is None:
+            return is_at_rest
+
+        def tidy() -> bool:
+            clean(connection)
+            return is_at_rest is None or is_at_rest()
+
+        return tidy
+
+    def take_back_tidy(self, record: ConnectionPoolEntry) -> None:
+        """Take a record back after its connection was made fit for the next holder."""
+        try:
+            slot = slot_of(record)
+            if record.dbapi_connection is not None and (slot is None or slot.reason is None):
+                self._tidy_up(record)
+        finally:
+            self.take_back(record, is_detached=False)
+
+    def _tidy_up(self, record: ConnectionPoolEntry) -> None:
+        """Make a returned connection fit for the next holder, or have it closed."""
+        slot = slot_of(record)
+        tidy = record.tidy  # type: ignore[attr-defined]
+        is_tidy = False
+        try:
+            if self.clean_session is None:
+                is_tidy = tidy()
+            else:
+                is_tidy = self._tidy_within_limit(record, tidy)
+        finally:
+            if not is_tidy and slot is not None:
+                self.machine.doom(slot, slot.reason or "reset")
+        if not is_tidy:
+            self._warn(
+                "A connection came back to pool %r in the middle of a transaction, or its session "
+                "could not be reset; it is closed. End transactions that you begin by hand, and "
+                "read results to their end"
+            )
+
+    def _tidy_within_limit(self, record: ConnectionPoolEntry, tidy: Callable[[], bool]) -> bool:
+        guard = self._arm(record, self.config.ping_timeout)
+        try:
+            return tidy()
+        except Exception:
+            pool = self.served_pool()
+            if pool is not None:
+                pool.logger.exception("The session of a returned connection could not be reset")
+            return False
+        finally:
+            guard.disarm()
+
+    def _warn(self, message: str) -> None:
+        pool = self.served_pool()
+        if pool is not None:
+            pool.logger.warning(message, self.config.name)
 
     def take_back(self, record: ConnectionPoolEntry, *, is_detached: bool) -> None:
         """Put a returned record's slot into the inbox; see to it at once if somebody waits."""
@@ -384,12 +642,13 @@ class Driver(ABC):
                 decisions = self.machine.take_decisions()
             self._carry_out_later(decisions)
 
-    def _let_go(self, slot: Slot) -> None:
+    def let_go(self, slot: Slot) -> None:
         """Keep the emptied record of a slot that is about to go, as far as QueuePool would."""
         record, slot.resource = slot.resource, None
         assign_slot(record, None)
+        _sqlalchemy.set_adapters(record)  # the old ones keep what was closed in memory
         has_room = len(self._spares) + len(self.machine.slots) <= self.config.pool_size
-        if has_room and record.home is self._pool():
+        if has_room and record.home is self.served_pool():
             self._spares.append(record)
 
     # -- carrying out ------------------------------------------------------------------------
@@ -410,26 +669,44 @@ class Driver(ABC):
     def _do(self, todo: deque[Decision]) -> None:
         is_changed = False
         interruption: BaseException | None = None
-        while todo:
-            decision = todo.popleft()
-            if isinstance(decision, Wake):
-                decision.request.parker.unpark()
-                continue
-            is_changed = True
-            job = self._connect if isinstance(decision, Open) else self._close
-            may_be_here = interruption is None and self._is_inline
-            interruption = self._run(job, decision.slot, todo, may_be_here) or interruption
+        # the auditor leaves them: one after the other may take longer than its patience
+        waiting = slots_of(todo)
+        try:
+            self.in_hand.update(waiting)  # in here, for a signal may raise right after it
+            while todo:
+                decision = todo.popleft()
+                if isinstance(decision, Wake):
+                    decision.request.parker.unpark()
+                    continue
+                if isinstance(decision, Tell):
+                    self.journal.wake_readers()
+                    continue
+                if isinstance(decision, Locate | SeekDeadlock):
+                    self.searches.begin(self, decision)
+                    continue
+                is_changed = True
+                job = self._job_of(decision)
+                may_be_here = interruption is None and self.is_inline
+                interruption = self._run(job, decision.slot, todo, may_be_here) or interruption
+                waiting.discard(decision.slot)  # last, or a signal would leave it in hand
+        finally:
+            self.in_hand.difference_update(waiting)
         if is_changed:
             self._mind_growth()
         if interruption is not None:
             raise interruption
+
+    def _job_of(self, decision: Open | Close | Check) -> Job:
+        if isinstance(decision, Open):
+            return self._connect
+        return self._close if isinstance(decision, Close) else self._keep
 
     def _carry_out_later(self, decisions: list[Decision]) -> None:
         """Wake who was served now; what takes long is not for who returns a connection."""
         self._wake_watchers()
         if not decisions:
             return
-        if self._is_inline:
+        if self.is_inline:
             self._carry_out(decisions)
             return
         later: list[Decision] = []
@@ -446,15 +723,27 @@ class Driver(ABC):
     ) -> BaseException | None:
         """Run a job here if it may be, or in the background, or here after all."""
         is_here = may_be_here and self._can_do_here(slot)
-        if not is_here and self._start(job, slot):
-            return None
-        decisions, interruption = job(slot)
+        try:
+            self.in_hand.add(slot)
+            if not is_here and self._start(job, slot):
+                return None
+        except BaseException:
+            # if it was begun nevertheless, it finds that its slot was given up
+            self.in_hand.discard(slot)
+            raise
+        decisions, interruption = self._do_job(job, slot)
         todo.extend(decisions)
         return interruption
 
+    def _do_job(self, job: Job, slot: Slot) -> Done:
+        try:
+            return job(slot)
+        finally:
+            self.in_hand.discard(slot)
+
     def _work(self, job: Job, slot: Slot) -> None:
         """Do a job in the background; after a failed connect something is due soon again."""
-        decisions, _ = job(slot)
+        decisions, _ = self._do_job(job, slot)
         self._carry_out(decisions)
         self._mind_growth()
 
@@ -486,14 +775,20 @@ class Driver(ABC):
     def _attempt_failed(self, slot: Slot, error: BaseException) -> list[Decision]:
         """Say that an attempt in the background has failed, or was itself cancelled."""
         is_cancelled = self._is_cancellation(error)
+        if is_cancelled and slot.is_timed_out:
+            is_cancelled = False
+            error = TimeoutError(
+                f"no connection within connect_timeout={self.config.connect_timeout:g} s"
+            )
         if not is_cancelled:
             self._remember_error(error)
+        fault = _faults.connect_fault(error)
         with self.lock:
             if slot.state == CONNECTING:
                 if is_cancelled:
                     self.machine.attempt_cancelled(slot, self.clock())
                 else:
-                    self.machine.connect_failed(slot, self.clock(), error)
+                    self.machine.connect_failed(slot, self.clock(), error, fault)
             return self.machine.take_decisions()
 
     def _is_cancellation(self, error: BaseException) -> bool:  # noqa: ARG002 - of loops only
@@ -515,21 +810,36 @@ class Driver(ABC):
             self.hold_back(slot)
             return slot
 
-        return self._step(change)
+        got = self.step(change)
+        self._mind_growth()  # from now on there is something to look after
+        return got
+
+    def note_owner(self, record: ConnectionPoolEntry) -> None:
+        """Remember which thread or task has just been given a record."""
+        slot = slot_of(record)
+        if slot is not None:
+            slot.owner = (slot.uses, self.owner())
 
     def lend_late(self, pool: Managed, record: ConnectionPoolEntry) -> None:
         """Have a connection closed on its return that a pool with a living successor handed out."""
         slot = slot_of(record)
-        if slot is not None and self._pool() is not pool:
-            self._step(lambda _: self.machine.doom(slot, "disposed"))
+        if slot is not None and self.served_pool() is not pool:
+            self.step(lambda _: self.machine.doom(slot, "disposed"))
+        if self.config.on_deadlock == "raise":
+            self.note_owner(record)
 
-    def _pool(self) -> Managed | None:
+    def served_pool(self) -> Managed | None:
+        """Return the pool that opens connections now; None if all are gone."""
         alive = (reference() for reference in reversed(self._pools))
         return next((pool for pool in alive if pool is not None), None)
 
+    def is_over(self) -> bool:
+        """Tell whether the pool was closed for good."""
+        return self.machine.is_closed
+
     def current_pool(self) -> Managed:
         """Return the pool that opens connections now."""
-        pool = self._pool()
+        pool = self.served_pool()
         if pool is None:
             raise PoolMisuse("the pool was dropped while a connection was opened or checked")
         return pool
@@ -537,25 +847,33 @@ class Driver(ABC):
     def _fill(self, slot: Slot, record: ConnectionPoolEntry) -> None:
         slot.resource = record
         assign_slot(record, slot)
+        self._last_cause = None
 
     def _open_record(self, pool: Managed) -> ConnectionPoolEntry:
         """Connect, in a record that was emptied before or in a new one."""
-        record: ConnectionPoolEntry
-        spare = self._take_spare()
-        if spare is None:
-            record = pool.new_record()
-        else:
-            record = spare
-            try:
-                _sqlalchemy.refill(record)
-            except BaseException:
-                self._spares.append(record)
+        try:
+            record = self._connect_record(pool)
+        except Exception as error:
+            is_denied = _faults.connect_fault(error) == "authentication"
+            if not is_denied or self.credentials is None or not self.credentials.have_changed():
                 raise
+            record = self._connect_record(pool)
         if record.dbapi_connection is None:
             raise PoolMisuse(
                 f"the creator of pool {self.config.name!r} returned None; "
                 "it must return a DBAPI connection or raise"
             )
+        return record
+
+    def _connect_record(self, pool: Managed) -> ConnectionPoolEntry:
+        record = self._take_spare()
+        if record is None:
+            return pool.new_record()
+        try:
+            _sqlalchemy.refill(record)
+        except BaseException:
+            self._spares.append(record)
+            raise
         return record
 
     def _take_spare(self) -> ConnectionPoolEntry | None:
@@ -565,23 +883,33 @@ class Driver(ABC):
             return None
 
     def _remember_error(self, error: BaseException) -> None:
-        pool = self._pool()
+        pool = self.served_pool()
         known = () if pool is None else _sqlalchemy.public_words(pool)
-        self.last_connect_error = describe_error(error, known)
+        self.journal.last_connect_error = describe_error(error, known)
+        self._last_cause = _faults.keepsake(error)
 
     def _close(self, slot: Slot) -> Done:
         """Close the connection of a ``closing`` slot."""
         interruption = None
         record = slot.resource
+        if record is None:
+            # closed before, by somebody who was interrupted before he could say so
+            with self.lock:
+                if slot.state == CLOSING:
+                    self.machine.closed(slot, self.clock())
+                return self.machine.take_decisions(), None
         connection = record.dbapi_connection
+        guard = self._arm(record, self.config.ping_timeout)
         try:
             record.close()
         except BaseException as error:  # noqa: BLE001 - a listener's error must not keep the place
             interruption = _interruption(error)
             self._close_failed(record, connection, error)
+        finally:
+            guard.disarm()
         with self.lock:
             if slot.state == CLOSING:
-                self._let_go(slot)
+                self.let_go(slot)
                 self.machine.closed(slot, self.clock())
             return self.machine.take_decisions(), interruption
 
@@ -589,7 +917,7 @@ class Driver(ABC):
         self, record: ConnectionPoolEntry, connection: Any, error: BaseException
     ) -> None:
         """See to a connection whose close ended with an exception."""
-        pool = self._pool()
+        pool = self.served_pool()
         if pool is None:
             return
         pool.logger.error("Exception while a connection was closed", exc_info=error)
@@ -601,13 +929,32 @@ class Driver(ABC):
             except BaseException:  # noqa: BLE001 - SQLAlchemy has logged it
                 return
 
+    # -- keeping idle connections alive ------------------------------------------------------
+
+    def _keep(self, slot: Slot) -> Done:
+        """Ping an idle connection in the background."""
+        is_alive, was_cut, interruption = False, False, None
+        record = slot.resource
+        if record is not None:
+            try:
+                is_alive, was_cut = self._ping(record, self.config.ping_timeout)
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the connection goes
+                interruption = _interruption(error)
+        with self.lock:
+            now = self.clock()
+            if interruption is None:
+                self.machine.kept(slot, now, is_alive=is_alive, was_cut=was_cut)
+            elif slot.is_pinged_for_nobody:
+                self.machine.check_interrupted(slot, now, "cancelled")  # says nothing of the server
+            return self.machine.take_decisions(), interruption
+
     # -- SQLAlchemy reconnects in place ------------------------------------------------------
 
     def reconnected(self, record: ConnectionPoolEntry, seconds: float) -> None:
         """Note that a checked out record was given a new connection by SQLAlchemy."""
         slot = slot_of(record)
         if slot is not None:
-            self._step(lambda now: self.machine.reconnected(slot, now, seconds))
+            self.step(lambda now: self.machine.reconnected(slot, now, seconds))
 
     # -- upkeep ------------------------------------------------------------------------------
 
@@ -616,21 +963,34 @@ class Driver(ABC):
         with self.lock:
             self.take_returns()
             now = self.clock()
+            if self._was_suspended(now):
+                self.machine.suspect_all()
             next_tick = self.machine.tick(now)
             decisions = self.machine.take_decisions()
-            if now >= self._next_audit:
-                self._next_audit = now + _AUDIT_SECONDS
-                self._audit(now)
+            if self._auditor.is_due(now):
+                self._auditor.look(self, now, slots_of(decisions))
                 decisions += self.machine.take_decisions()
             self._next_upkeep = next_tick
             is_stuck = self._is_stuck(now)
         if is_stuck:
-            collect_garbage(now)
-        backlog = self._backlog
+            self._collect_garbage(now)
+        backlog = self.backlog
         while backlog:
             decisions.append(backlog.popleft())
         self._carry_out(decisions)
         return next_tick - now
+
+    def _collect_garbage(self, now: float) -> None:
+        collect_garbage(now)
+
+    def _was_suspended(self, now: float) -> bool:
+        """Tell whether the two clocks disagree: the machine slept, or somebody set its clock.
+
+        The monotonic one may stand still meanwhile, so that connections look as fresh as ever.
+        """
+        journal = self.journal
+        before, journal.clock_offset = journal.clock_offset, _sync.wall_clock() - now
+        return abs(journal.clock_offset - before) > _CLOCK_JUMP_SECONDS
 
     def look_after(self) -> float:
         """Do the upkeep, whatever happens; return in how many seconds to come again."""
@@ -638,57 +998,26 @@ class Driver(ABC):
             return self.upkeep()
         except BaseException:
             # one bad round must not be the last
-            pool = self._pool()
+            pool = self.served_pool()
             if pool is not None:
                 pool.logger.exception("The upkeep of the pool failed; it goes on")
-            return _AUDIT_SECONDS
+            return _RETRY_SECONDS
 
     def _is_stuck(self, now: float) -> bool:
         """Tell whether callers wait although nothing came back for half of their time."""
-        returns = self.machine.books.use_time.count
-        if returns != self._returns_seen or not self.machine.waiting:
-            self._returns_seen, self._stuck_since = returns, now
         timeout = self.config.timeout
-        is_wanted = self.config.collect_leaks and timeout is not None
-        return is_wanted and now - self._stuck_since >= (timeout or 0.0) / 2
+        if not self.config.collect_leaks or not timeout:
+            return False
+        return self.machine.standstill(now) >= timeout / 2
 
-    def _audit(self, now: float) -> None:
-        """Reclaim what is checked out although nobody refers to it any more.
-
-        A listener that raises on the way back, or a signal handler that raises inside pool code,
-        loses the record.  A slot is suspect when no proxy refers to its record, and reclaimed when
-        that is still so one round later and nobody is busy with it.
-        """
-        suspects: dict[Slot, tuple[int, float]] = {}
-        patience = self._patience()
-        for slot in list(self.machine.slots):
-            if slot.state != CHECKED_OUT or slot.request is not None:
-                continue
-            record = slot.resource
-            if record is not None and _sqlalchemy.is_referenced(record):
-                continue
-            before = self._suspects.get(slot)
-            if before is None or before[0] != slot.uses:
-                suspects[slot] = (slot.uses, now)
-                continue
-            suspects[slot] = before
-            if now - before[1] >= patience and not self._is_being_handled(slot):
-                if record is not None and record.dbapi_connection is not None:
-                    self.machine.checkin(slot, now, "leaked")
-                    continue
-                if record is not None:
-                    self._let_go(slot)
-                self.machine.checkin(slot, now, "lost")
-        self._suspects = suspects
-
-    def _patience(self) -> float:
+    def patience(self) -> float:
         """Return how long a slot has to be suspect before it is reclaimed."""
         return 0.0
 
     # -- from the owner of the pool ----------------------------------------------------------
 
     def _change(self, change: Callable[[float], object]) -> None:
-        self._step(change)
+        self.step(change)
         self._mind_growth()
 
     def dispose(self) -> None:
@@ -700,13 +1029,19 @@ class Driver(ABC):
             decisions = self.machine.take_decisions()
         others: deque[Decision] = deque()
         interruption: BaseException | None = None
-        for decision in decisions:
-            if isinstance(decision, Close):
-                may_be_here = interruption is None
-                ended = self._run(self._close, decision.slot, others, may_be_here)
-                interruption = ended or interruption
-            else:
-                others.append(decision)
+        waiting = slots_of(decisions)
+        try:
+            self.in_hand.update(waiting)
+            for decision in decisions:
+                if isinstance(decision, Close):
+                    may_be_here = interruption is None
+                    ended = self._run(self._close, decision.slot, others, may_be_here)
+                    interruption = ended or interruption
+                    waiting.discard(decision.slot)
+                else:
+                    others.append(decision)
+        finally:
+            self.in_hand.difference_update(waiting)
         with self.lock:
             self._spares.clear()
         self._carry_out(list(others))
@@ -717,12 +1052,20 @@ class Driver(ABC):
         """Retire every connection: idle ones now, the others when they come back."""
         self._change(lambda now: self.machine.retire_all(now, reason))
 
-    def invalidate_generation(self, record: ConnectionPoolEntry | None) -> None:
-        """Retire all connections, unless this record is of a generation that already was."""
+    def retire_gradually(self, seconds: float) -> None:
+        """Replace every connection within so many seconds, one after the other."""
+        self._change(lambda now: self.machine.retire_gradually(now, seconds))
+
+    def disconnected(self, record: ConnectionPoolEntry | None, error: BaseException | None) -> None:
+        """Note that a holder's connection is lost, and what that says of the others."""
         slot = None if record is None else slot_of(record)
-        if slot is not None and slot.reason is not None:
-            return
-        self.retire_all("generation")
+        is_event = _sqlalchemy.asks_for_invalidation(error) or _faults.is_read_only(error)
+        if not is_event and _faults.is_of_the_application(error, self.config.evict_on):
+            return  # this connection goes; of the server that says nothing
+        if slot is None or (is_event and slot.generation == self.machine.generation):
+            self._change(self.machine.retire_generation)
+        else:
+            self._change(partial(self.machine.note_death, slot))
 
     def resize(self, min_size: Any = UNSET, max_size: Any = UNSET) -> None:
         """Change the limits of the live pool."""
@@ -751,7 +1094,7 @@ class Driver(ABC):
         if machine.is_closed:
             self._refuse()
         if not is_ready:
-            raise not_ready_error(self.snapshot(), seconds, self.last_connect_error)
+            raise not_ready_error(self.snapshot(), seconds, self.journal.last_connect_error)
 
     def close(self, seconds: float | None) -> None:
         """Close for good: fail who waits, wait for the holders, then cut them off."""
@@ -759,11 +1102,11 @@ class Driver(ABC):
         if not self._watch(lambda: not self.machine.slots, seconds):
             with self.lock:
                 held = [s.resource for s in self.machine.slots if s.state == CHECKED_OUT]
-            for record in held:
+            for record in filter(None, held):
                 connection = record.dbapi_connection
                 if connection is not None:
                     self._cut_off(connection)
-        if not self._is_inline:
+        if not self.is_inline:
             self._wake_upkeep()
 
     def _watch(self, is_done: Callable[[], bool], seconds: float | None) -> bool:
@@ -781,12 +1124,14 @@ class Driver(ABC):
         finally:
             self._watchers.remove(parker)
 
-    def snapshot(self) -> PoolSnapshot:
-        """Return one consistent reading."""
-        pool = self._pool()
+    def snapshot(self, *, has_rows: bool = True) -> PoolSnapshot:
+        """Return one consistent reading; without ``has_rows`` its ``labels`` are left out."""
+        pool = self.served_pool()
         has_callers = self.config.track != "label"
-        values = self._step(
-            lambda now: read_machine(self.machine, now, describe_holder, has_callers=has_callers)
+        values = self.step(
+            lambda now: read_machine(
+                self.machine, now, describe_holder, has_callers=has_callers, has_rows=has_rows
+            )
         )
         return PoolSnapshot(
             name=self.config.name,
@@ -799,7 +1144,7 @@ class Driver(ABC):
     def readings(self) -> tuple[int, int, int]:
         """Return the places that are (free, taken, empty) as one reading, for ``status()``."""
         machine = self.machine
-        return self._step(
+        return self.step(
             lambda _: (
                 machine.idle + machine.closing,
                 machine.checked_out + machine.checking,
@@ -810,7 +1155,7 @@ class Driver(ABC):
     def idle_records(self) -> deque[ConnectionPoolEntry]:
         """Return the records that are not in use, the empty ones last."""
         machine = self.machine
-        idle = self._step(lambda _: [s.resource for lane in machine.lanes for s in lane.idle])
+        idle = self.step(lambda _: [s.resource for lane in machine.lanes for s in lane.idle])
         return deque(idle + self._spares)
 
     def keep_spares(self, records: Iterable[ConnectionPoolEntry]) -> None:
@@ -821,6 +1166,7 @@ class Driver(ABC):
     def name(self, name: str) -> None:
         """Give the pool its name."""
         self.machine.config = replace(self.config, name=name)
+        self.journal.pool = name
 
     # -- fork --------------------------------------------------------------------------------
 
@@ -835,8 +1181,14 @@ class Driver(ABC):
                 _liveness.lay_dead(record.dbapi_connection)
                 _graveyard.append(record.dbapi_connection)
         pools, phase = self._pools, self.machine.phase
+        credentials, clean_session = self.credentials, self.clean_session
+        readers = self.journal.readers
         type(self).__init__(self, self.config)  # type: ignore[call-arg]
+        self.name(self.config.name)
+        for reader in readers:
+            self.journal.add(reader)
         self._pools = pools
+        self.credentials, self.clean_session = credentials, clean_session
         if phase == "closed":
             self.machine.close(self.clock())
         elif phase == "paused":

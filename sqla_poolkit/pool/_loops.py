@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import inspect
 import weakref
-from collections import deque
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine
 from contextvars import Context
 from functools import partial
 from math import inf
@@ -22,12 +22,17 @@ from ..core.snapshot import PoolSnapshot
 from ..errors import PoolMisuse
 from . import _liveness, _sqlalchemy
 from ._abandon import abandon
-from ._callers import describe_holder, holder_finder
+from ._callers import holder_finder
 from ._driver import Driver, Job
+from ._guards import UNGUARDED, Guard
+from ._whereabouts import present_task
 
 __all__ = ["LoopDriver"]
 
 
+_LATE_SECONDS = 0.03  # so late a timer is when nothing blocks its loop
+_CONNECT_GRACE_SECONDS = 0.5
+"""So much longer than ``connect_timeout`` a driver may take to end a connect by itself."""
 _LISTENER_SECONDS = 60.0
 """So long a ``checkin`` listener may wait for something before what it holds up counts as lost."""
 
@@ -39,16 +44,19 @@ class LoopDriver(Driver):
     all that they share is the lock, the limit and the books.
     """
 
+    __slots__ = ("_cancellations", "_homes", "_lanes")
+
+    sees_callers = False  # the frames of a task that waits cannot be found
+
     def __init__(self, config: PoolConfig) -> None:
         super().__init__(config, lanes=0)
         self.find_holder = holder_finder(config.track, is_asyncio=True)
         self.caller = _sqlalchemy.current_greenlet()
+        self.owner = present_task
         self._cancellations = _sqlalchemy.cancellations()
         _drivers.add(self)
         self._homes: dict[asyncio.AbstractEventLoop, _Home] = {}
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
-        self._leaks: deque[Hashable] = deque()
-        """Holders of connections that were dropped unreturned, to be reported by the upkeep."""
 
     def find_lane(self) -> Lane:
         """Return the lane of the running loop.
@@ -102,7 +110,7 @@ class LoopDriver(Driver):
 
     def expire_overdue(self, lane: Lane) -> float:
         """Wake the callers of a lane whose deadlines have passed; return the next deadline."""
-        return self._step(partial(self.machine.expire_overdue, lane))
+        return self.step(partial(self.machine.expire_overdue, lane))
 
     # -- in the background -------------------------------------------------------------------
 
@@ -113,13 +121,14 @@ class LoopDriver(Driver):
         elif not home.loop.is_running():
             self._put_stopped_loops_to_sleep()
         else:
-            home.soon(home.begin, self._work_on_loop, job, slot)
+            limit = self.config.connect_timeout if slot.state == CONNECTING else None
+            home.soon(home.begin, self._work_on_loop, job, slot, limit)
         return True
 
     def _put_stopped_loops_to_sleep(self) -> None:
         """Expect nothing of loops that are stopped, for they may never run again.
 
-        What they were closing is cut off, what they were opening is given up.
+        What they were closing or pinging is cut off, what they were opening is given up.
         """
         for home in list(self._homes.values()):
             lane = home.lane
@@ -127,17 +136,17 @@ class LoopDriver(Driver):
             if home.loop.is_running() or home.loop.is_closed() or not has_rest:
                 continue
             with self.lock:
-                closing = [
+                in_the_middle = [
                     slot.resource
                     for slot in self.machine.slots
-                    if slot.lane is lane and slot.state == CLOSING
+                    if slot.lane is lane and (slot.state == CLOSING or slot.is_pinged_for_nobody)
                 ]
-            for record in filter(None, closing):
+            for record in filter(None, in_the_middle):
                 connection = record.dbapi_connection
                 if connection is not None:
                     _sqlalchemy.forget_connection(record)
                     abandon(connection)
-            self._step(partial(self.machine.put_to_sleep, lane))
+            self.step(partial(self.machine.put_to_sleep, lane))
 
     async def _work_on_loop(self, job: Job, slot: Slot) -> None:
         await _sqlalchemy.greenlet_spawn(self._work, job, slot)
@@ -155,7 +164,7 @@ class LoopDriver(Driver):
     def _abandon(self, got: Slot | Request, error: BaseException) -> None:
         is_connecting = got.state == CONNECTING and self._is_cancellation(error)
         if is_connecting or isinstance(error, MissingGreenlet):
-            self._step(partial(self.machine.decline, got))
+            self.step(partial(self.machine.decline, got))
         elif self.holds_lock():
             # a task that was never finished is collected in the middle of a change
             got.lane.key.soon(self._abandon, got, error)
@@ -168,6 +177,10 @@ class LoopDriver(Driver):
     def _defer(self, decisions: list[Decision]) -> None:
         # a task can be started from anywhere, so nothing has to wait for the upkeep
         self._carry_out(decisions)
+
+    def _arm(self, record: _sqlalchemy.ConnectionPoolEntry, seconds: float) -> Guard:
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - get_running_loop raises where none is
+        return UNGUARDED if loop is None else _LoopGuard(loop, record.dbapi_connection, seconds)
 
     def _cut_off(self, connection: Any) -> None:
         if not _liveness.cut_off(connection):
@@ -193,19 +206,6 @@ class LoopDriver(Driver):
         self._put_stopped_loops_to_sleep()
         return super().upkeep()
 
-    def _report_leaks(self) -> None:
-        pool = self._pool()
-        if pool is None:
-            self._leaks.clear()
-        while self._leaks and pool is not None:
-            label, caller = describe_holder(self._leaks.popleft())
-            pool.logger.error(
-                "A connection of pool %r was dropped without being returned, and was cut off; it "
-                "was taken by %s. Close it, or use it in a 'with' block",
-                self.config.name,
-                " at ".join(filter(None, (label, caller))) or "an unnamed caller",
-            )
-
     def forget_closed_loops(self) -> None:
         """Let go of connections that nobody can use or close any more: their loop is closed."""
         if not any(loop.is_closed() for loop in list(self._homes)):
@@ -215,6 +215,7 @@ class LoopDriver(Driver):
             closed = [home for loop, home in self._homes.items() if loop.is_closed()]
             for home in closed:
                 del self._homes[home.loop], self._lanes[home.loop]
+                home.call_off()
             lanes = [home.lane for home in closed]
             records = [slot.resource for slot in self.machine.slots if slot.lane in lanes]
         for record in filter(None, records):
@@ -225,17 +226,21 @@ class LoopDriver(Driver):
                 abandon(connection)
         # only now, for the limit is one of sockets
         for lane in lanes:
-            self._step(partial(self.machine.forget_lane, lane))
-        self._report_leaks()
+            self.step(partial(self.machine.forget_lane, lane))
 
-    def _is_being_handled(self, slot: Slot) -> bool:
+    def is_being_handled(self, slot: Slot) -> bool:
         # the frames of a task that waits cannot be found; but it has few places to wait at
         granted_to = slot.granted_to
         return granted_to is not None and not granted_to.is_awake
 
-    def _patience(self) -> float:
-        pool = self._pool()
+    def patience(self) -> float:
+        pool = self.served_pool()
         return _LISTENER_SECONDS if pool is not None and pool.dispatch.checkin else 0.0
+
+    def time_moved(self) -> None:
+        """Have each loop do what is due by a clock that was moved."""
+        for home in list(self._homes.values()):
+            home.soon(home.time_moved)
 
     # -- connections that were dropped -------------------------------------------------------
 
@@ -248,17 +253,15 @@ class LoopDriver(Driver):
                 # SQLAlchemy would do the same after the place is free, which is a moment too late
                 abandon(dropped)
                 slot.reason = "leaked"
-                self._leaks.append(slot.holder)
-                slot.lane.key.soon(self._report_leaks)
                 is_detached = False
         super().take_back(record, is_detached=is_detached)
 
     # -- from the owner of the pool ----------------------------------------------------------
 
-    def snapshot(self) -> PoolSnapshot:
-        """Return one consistent reading."""
+    def snapshot(self, *, has_rows: bool = True) -> PoolSnapshot:
+        """Return one consistent reading; without ``has_rows`` its ``labels`` are left out."""
         self.forget_closed_loops()
-        return super().snapshot()
+        return super().snapshot(has_rows=has_rows)
 
 
 _drivers: weakref.WeakSet[LoopDriver] = weakref.WeakSet()
@@ -268,6 +271,12 @@ _drivers: weakref.WeakSet[LoopDriver] = weakref.WeakSet()
 def _end_all() -> None:
     for driver in list(_drivers):
         driver.forget_closed_loops()  # or the connections' own finalizers would complain
+
+
+def _end_connect(task: asyncio.Task[None], slot: Slot) -> None:
+    if slot.state == CONNECTING:
+        slot.is_timed_out = True
+        task.cancel()
 
 
 class _Home:
@@ -296,13 +305,32 @@ class _Home:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(partial(work, *arguments), context=Context())
 
-    def begin(self, work: Callable[..., Coroutine[Any, Any, None]], job: Job, slot: Slot) -> None:
-        """Do a job for a slot in a task."""
+    def begin(
+        self,
+        work: Callable[..., Coroutine[Any, Any, None]],
+        job: Job,
+        slot: Slot,
+        seconds: float | None,
+    ) -> None:
+        """Do a job for a slot in a task, which is cancelled after so many seconds.
+
+        Drivers end a connect by themselves; but some wait for a silent server without end.
+        """
         task = self.loop.create_task(work(job, slot))
+        if seconds is not None:
+            limit = seconds + _CONNECT_GRACE_SECONDS
+            timer = self.loop.call_later(limit, _end_connect, task, slot, context=Context())
+            task.add_done_callback(lambda _: timer.cancel())
         # a loop may end before its tasks do; that is for the next loop to clear up, not to warn of
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001 - as gather does
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def call_off(self) -> None:
+        """Call off what the closed loop has not begun, or Python would warn of it."""
+        for coroutine in [task.get_coro() for task in self._tasks]:
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:  # type: ignore[arg-type]
+                coroutine.close()
 
     def wake_at(self, moment: float) -> None:
         """Have the upkeep run at this moment of the pool's clock, or soon if that is past."""
@@ -340,6 +368,14 @@ class _Home:
         # the context of the task that happens to run now would stay alive as long as the timer
         self._timer = self.loop.call_later(pause, self._run, context=Context())
 
+    def time_moved(self) -> None:
+        """Have both timers run out: they were set by a clock that was moved."""
+        for timer in (self._timer, self._deadline_timer):
+            if timer is not None:
+                timer.cancel()
+        self._expire()
+        self._run()
+
     def _run(self) -> None:
         self._timer = None
         self.due_at = inf
@@ -350,6 +386,31 @@ class _Home:
         pause = driver.look_after()
         if pause != inf and self.due_at == inf:
             self._set_timer(driver.clock() + pause)
+
+
+class _LoopGuard:
+    """A guarded call in a task: a timer of its loop cuts the connection off."""
+
+    __slots__ = ("_connection", "_due_at", "_loop", "_timer", "was_cut")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, connection: Any, seconds: float) -> None:
+        self.was_cut = False
+        self._connection = connection
+        self._loop = loop
+        self._due_at = loop.time() + seconds
+        self._timer = loop.call_later(seconds, self._cut, context=Context())
+
+    def _cut(self) -> None:
+        if self._loop.time() > self._due_at + _LATE_SECONDS:
+            # the loop was blocked, so the answer may be there: those who wait for it come first
+            self._due_at = self._loop.time() + _LATE_SECONDS
+            self._timer = self._loop.call_later(_LATE_SECONDS, self._cut, context=Context())
+            return
+        self.was_cut = True
+        _liveness.cut_off(self._connection)
+
+    def disarm(self) -> None:
+        self._timer.cancel()
 
 
 class _LoopParker:

@@ -6,10 +6,18 @@ import re
 from collections.abc import Container, Mapping
 
 from ..config import PoolConfig
+from ..core.events import DeadlockFound, PoolEvent
 from ..core.snapshot import PoolSnapshot, SlotReading
-from ..errors import PoolOverloaded, PoolTimeout
+from ..errors import PoolDeadlock, PoolOverloaded, PoolTimeout, PoolUnavailable
 
-__all__ = ["describe_error", "not_ready_error", "overloaded_error", "timeout_error"]
+__all__ = [
+    "deadlock_error",
+    "describe_error",
+    "not_ready_error",
+    "overloaded_error",
+    "timeout_error",
+    "unavailable_error",
+]
 
 _LONGEST_HOLDERS = 3
 _QUOTED = re.compile(r"([\"'])(.*?)\1")
@@ -32,7 +40,11 @@ def describe_error(error: BaseException, known: Container[str]) -> str:
 
 
 def timeout_error(
-    snapshot: PoolSnapshot, waited: float, last_connect_error: str | None
+    snapshot: PoolSnapshot,
+    events: tuple[PoolEvent, ...],
+    waited: float,
+    last_connect_error: str | None,
+    deadlock: DeadlockFound | None = None,
 ) -> PoolTimeout:
     """Return the error of a caller who waited in vain."""
     timeout = snapshot.settings["timeout"]
@@ -45,13 +57,43 @@ def timeout_error(
         key=lambda slot: slot.held_seconds or 0.0,
         reverse=True,
     )
-    if held:
+    if deadlock is not None:
+        lines += _deadlock(deadlock)
+    elif held:
         shown = "; ".join(_holder(slot) for slot in held[:_LONGEST_HOLDERS])
         lines.append(f"Held longest: {shown}.")
     if last_connect_error is not None and snapshot.connect_failures:
         lines.append(f"The last connection attempt that failed: {last_connect_error}.")
-    lines.append(_advice(snapshot))
-    return PoolTimeout("\n".join(lines), snapshot)
+    lines.append(_advice(snapshot) if deadlock is None else _DEADLOCK_ADVICE)
+    return PoolTimeout("\n".join(lines), snapshot, events)
+
+
+def deadlock_error(
+    snapshot: PoolSnapshot, events: tuple[PoolEvent, ...], deadlock: DeadlockFound
+) -> PoolDeadlock:
+    """Return the error of a caller who is turned away because he would wait for himself."""
+    what = (
+        f"pool {snapshot.name!r} turned this caller away at once: he would have waited for himself "
+        f'(on_deadlock="raise"): {_state(snapshot)}.'
+    )
+    lines = [what, *_deadlock(deadlock), _DEADLOCK_ADVICE]
+    return PoolDeadlock("\n".join(lines), snapshot, events)
+
+
+def _deadlock(found: DeadlockFound) -> list[str]:
+    more = found.checked_out - len(found.holds)
+    return [
+        "It looks like a deadlock: each connection is held by a caller who waits for another one.",
+        *(f"* taken by {hold}" for hold in found.holds),
+        *([f"* and {more} more"] if more > 0 else []),
+    ]
+
+
+_DEADLOCK_ADVICE = (
+    "What to do: let each caller do with one connection: hand it on to what he calls, or return it "
+    "before he asks for the next. Where he needs two at once, max_size has to be larger than the "
+    "number of callers who do so at the same time."
+)
 
 
 def _state(snapshot: PoolSnapshot) -> str:
@@ -121,4 +163,29 @@ def overloaded_error(config: PoolConfig, gauges: Mapping[str, int]) -> PoolOverl
         f"checked out (max_size={config.max_size}). Shed or delay this request, or raise "
         "max_waiting if callers may wait longer",
         dict(gauges),
+    )
+
+
+def unavailable_error(
+    name: str,
+    cause: BaseException | None,
+    described: str | None,
+    seconds_ago: float,
+    events: tuple[PoolEvent, ...],
+) -> PoolUnavailable:
+    """Return the error of a caller who is turned away because the database is known to be down.
+
+    :param cause: what the driver said last, without its traceback.
+    :param described: the same in a line that may be shown to anybody.
+    :param seconds_ago: how long ago that was.
+    :param events: what happened in the pool before.
+    """
+    said = f": {described}" if described else ": it did not end in time"
+    return PoolUnavailable(
+        f"pool {name!r} cannot reach its database; the last attempt failed {seconds_ago:.1f} s "
+        f"ago{said}. The pool tries again in the background and serves callers as soon as it gets "
+        "through. What to do: see whether the database runs and accepts connections from here; "
+        'if callers should rather wait for it, up to pool_timeout, set on_outage="wait"',
+        cause,
+        events,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import exc
 
 from ..config import Track
+from ..core.events import PoolEvent
+from ..core.journal import Journal
 from ..core.ledger import Ledger
 from ..core.snapshot import PoolSnapshot
 from . import _sync
@@ -28,35 +31,56 @@ __all__ = ["Recorder"]
 class Recorder:
     """Writes down what a pool does, in order, from any thread.
 
-    What happens is put into a journal first and entered into the ledger under the lock: the
+    What happens is noted first and entered into the ledger under the lock: the
     garbage collector may return a connection in the middle of an entry.
     """
 
     def __init__(self, track: Track, *, is_asyncio: bool) -> None:
-        self.name = "pool"
         self.track = track
         self.find_holder = holder_finder(track, is_asyncio=is_asyncio)
         self._lock = _sync.RLock()
         self._is_writing = _sync.ownership_of(self._lock)
         self._clock = _sync.monotonic
-        self._journal: deque[tuple[Callable[..., None], float, tuple[Any, ...]]] = deque()
+        self._notes: deque[tuple[Callable[..., object], float, tuple[Any, ...]]] = deque()
         self._numbers = count()
-        self.ledger = Ledger(self._clock())
+        self._served: weakref.ref[Pool] | None = None
+        self.journal = Journal(describe_holder)
+        self.journal.clock_offset = _sync.wall_clock() - self._clock()
+        self.ledger = Ledger(self._clock(), self.journal)
 
-    def note(self, entry: Callable[..., None], *details: Hashable) -> float:
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self.journal.pool
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self.journal.pool = name
+
+    def serve(self, pool: Pool) -> None:
+        """Keep the books of this pool from now on."""
+        self._served = weakref.ref(pool)
+
+    def served_pool(self) -> Pool | None:
+        """Return the pool whose books these are now; None if it is gone."""
+        return None if self._served is None else self._served()
+
+    def note(self, entry: Callable[..., object], *details: Hashable) -> float:
         """Enter something into the ledger; return the time that was written down."""
         now = self._clock()
-        self._journal.append((entry, now, details))
+        self._notes.append((entry, now, details))
         self._write()
         return now
 
     def _write(self) -> None:
-        journal = self._journal
-        while journal and not self._is_writing():
+        notes = self._notes
+        while notes and not self._is_writing():
             with self._lock:
-                while journal:
-                    entry, now, details = journal.popleft()
+                while notes:
+                    entry, now, details = notes.popleft()
                     entry(now, *details)
+            if self.journal.has_news:
+                self.journal.wake_readers()
 
     @contextmanager
     def request(self) -> Iterator[int]:
@@ -82,8 +106,29 @@ class Recorder:
         finally:
             self.note(self.ledger.wait_ended, request)
 
-    def snapshot(self, pool: Pool, settings: dict[str, Any], max_size: int | None) -> PoolSnapshot:
-        """Return one consistent reading."""
+    def is_over(self) -> bool:
+        """Tell whether the pool was closed for good: SQLAlchemy's never are."""
+        return False
+
+    def tell(self, kind: type[PoolEvent], *details: Any) -> None:
+        """Write an event down that happened just now, and have the readers see to it."""
+        self.note(lambda now: self.journal.write(kind, now, *details))
+
+    def events(self) -> tuple[PoolEvent, ...]:
+        """Return the last events, the newest last."""
+        self._write()
+        with self._lock:
+            return self.journal.last()
+
+    def snapshot(
+        self,
+        pool: Pool,
+        settings: dict[str, Any],
+        max_size: int | None,
+        *,
+        has_rows: bool = True,
+    ) -> PoolSnapshot:
+        """Return one consistent reading; without ``has_rows`` its ``labels`` are left out."""
         self._write()
         with self._lock:
             values = self.ledger.read(
@@ -91,6 +136,7 @@ class Recorder:
                 describe_holder,
                 has_callers=self.track != "label",
                 max_size=max_size,
+                has_rows=has_rows,
             )
         return PoolSnapshot(
             name=self.name,
@@ -106,5 +152,6 @@ class Recorder:
         """Start over with empty books; the parent's connections are not counted here."""
         self._lock = _sync.RLock()
         self._is_writing = _sync.ownership_of(self._lock)
-        self._journal.clear()
-        self.ledger = Ledger(self._clock())
+        self._notes.clear()
+        self.journal.start_over()
+        self.ledger = Ledger(self._clock(), self.journal)

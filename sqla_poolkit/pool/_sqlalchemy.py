@@ -6,22 +6,34 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from math import ceil
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sqlalchemy
 from sqlalchemy import event, exc
-from sqlalchemy.pool import Pool
+from sqlalchemy.engine import Connection, Engine, Transaction
+from sqlalchemy.engine import base as _engine
+from sqlalchemy.engine.util import TransactionalContext
+from sqlalchemy.pool import (
+    AssertionPool,
+    NullPool,
+    Pool,
+    QueuePool,
+    SingletonThreadPool,
+    StaticPool,
+)
 from sqlalchemy.pool import base as _base
 from sqlalchemy.pool.base import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from ..core.slots import Slot
+from ..core.slots import CloseReason, Slot
+from ._liveness import Probe
 
 __all__ = [
     "DIALECT_OF_ASYNCIO",
@@ -31,8 +43,10 @@ __all__ = [
     "PoolProxiedConnection",
     "Record",
     "allow_terminate",
+    "asks_for_invalidation",
     "assign_slot",
     "await_only",
+    "can_ping",
     "cancellations",
     "connect_arguments",
     "connection_being_collected",
@@ -40,18 +54,38 @@ __all__ = [
     "end_connection",
     "forget_connection",
     "greenlet_spawn",
+    "guard_of",
+    "guard_resets",
+    "has_engine",
+    "has_queue",
     "in_greenlet",
+    "is_asyncio",
     "is_being_handled",
     "is_referenced",
+    "is_same_pool",
+    "judge_errors",
+    "keeps_connect_arguments",
     "leaks_on_cancellation",
+    "limit_of",
     "missing_greenlet",
     "pass_connect_timeout",
+    "pass_credentials",
     "ping",
+    "pool_of",
+    "proxy_reference",
     "public_words",
+    "reason_to_close",
     "record_of",
+    "records_of",
     "refill",
     "release_first_connect",
+    "resets_on_return",
+    "root_engine",
+    "seconds_since_connect",
+    "set_adapters",
+    "settings_of",
     "share_first_connect",
+    "slot_behind",
     "slot_of",
 ]
 
@@ -63,14 +97,20 @@ _frame = sys._getframe  # inspect.currentframe would have to climb frame by fram
 class Record(_base._ConnectionRecord):
     """A record that knows which slot of the pool it fills."""
 
-    __slots__ = ("home", "probe", "slot")
+    __slots__ = ("guard", "home", "is_busy", "probe", "slot", "tidy")
 
     slot: Slot | None
 
     def __init__(self, pool: Pool) -> None:
         self.slot = None
-        self.probe: Callable[[], bool] | None = None
-        """Tells without a round trip whether the present connection looks alive."""
+        self.probe: Probe | None = None
+        """Tells without a round trip what the present connection looks like."""
+        self.tidy: Callable[[], bool] | None = None
+        """Sees to it that the next holder finds the connection as he may; False if it must go."""
+        self.is_busy: Callable[[], bool] | None = None
+        """Tells that a reset would wait for ever."""
+        self.guard: Any = None
+        """What limits the time of pings, resets and closes; made by the driver on first use."""
         self.home = pool
         super().__init__(pool)
 
@@ -88,10 +128,28 @@ class Record(_base._ConnectionRecord):
                 self.checkin()
             raise
         finally:
-            if self.slot is not None and self.dbapi_connection is not None:
+            if self.slot is not None and _frame(1).f_code is _FINALIZE:
+                self.slot.reason = "reset"
+                self.slot.review_at = _AT_ONCE
+            elif self.slot is not None and self.dbapi_connection is not None:
                 # not under the pool's lock, but only the holder does this, to what it holds
                 self.slot.reason = "invalidated"
                 self.slot.review_at = _AT_ONCE
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        """Return to the pool; without listeners and callbacks that is little."""
+        pool = self.home
+        listeners = pool.dispatch.checkin
+        if (
+            self.fairy_ref is None
+            or self.finalize_callback
+            or listeners.listeners
+            or listeners.parent_listeners
+        ):
+            super().checkin(_fairy_was_created)
+            return
+        self.fairy_ref = None
+        pool._return_conn(self)
 
     def get_connection(self) -> Any:
         """Return the connection, or open one if there is none.
@@ -104,6 +162,7 @@ class Record(_base._ConnectionRecord):
 
 
 _AT_ONCE = float("-inf")
+_records = _base._ConnectionRecord
 
 
 class BasePool(Pool):
@@ -115,7 +174,7 @@ class BasePool(Pool):
         if listeners.listeners or listeners.parent_listeners:
             return self._connect_heard()
         # what Pool.connect comes to without listeners and without pings of its own
-        proxy = _base._ConnectionRecord.checkout(self)
+        proxy = _records.checkout(self)  # looked up here, as it can be patched
         proxy._counter += 1
         return proxy
 
@@ -132,8 +191,10 @@ class BasePool(Pool):
         return _base._ConnectionFairy._checkout(self)
 
 
+_RESET = _base._ConnectionFairy._reset.__code__
 _CHECKOUT = _base._ConnectionRecord.checkout.__func__.__code__  # type: ignore[attr-defined]
 _CHECKIN = _base._ConnectionRecord.checkin.__code__
+_OWN_CHECKIN = Record.checkin.__code__
 _FINALIZE = _base._finalize_fairy.__code__
 
 
@@ -264,10 +325,64 @@ def is_referenced(record: ConnectionPoolEntry) -> bool:
     return reference is not None and reference() is not None
 
 
+def set_adapters(
+    record: ConnectionPoolEntry,
+    probe: Probe | None = None,
+    tidy: Callable[[], bool] | None = None,
+    is_busy: Callable[[], bool] | None = None,
+) -> None:
+    """Remember how the present connection of a record is looked at, and tidied up."""
+    own = cast(Record, record)
+    own.probe = probe
+    own.tidy = tidy
+    own.is_busy = is_busy
+
+
+_Guard = TypeVar("_Guard")
+
+
+def guard_of(record: ConnectionPoolEntry, make: Callable[[], _Guard]) -> _Guard:
+    """Return the guard of a record, made on its first use."""
+    own = cast(Record, record)
+    if own.guard is None:
+        own.guard = make()
+    guard: _Guard = own.guard
+    return guard
+
+
+def slot_behind(found: object) -> Slot | None:
+    """Return the slot of a connection if ``found`` is what its holder has of it."""
+    # not isinstance, which would ask the object itself
+    if not issubclass(type(found), _base._ConnectionFairy):
+        return None
+    return getattr(cast(Any, found)._connection_record, "slot", None)
+
+
 def record_of(proxy: PoolProxiedConnection) -> ConnectionPoolEntry | None:
     """Return the record behind a proxy, None if it was detached."""
     record: ConnectionPoolEntry | None = cast(Any, proxy)._connection_record
     return record
+
+
+def pool_of(proxy: PoolProxiedConnection) -> Pool:
+    """Return the pool that a connection was taken from."""
+    pool: Pool = cast(Any, proxy)._pool
+    return pool
+
+
+def proxy_reference(record: ConnectionPoolEntry) -> object:
+    """Return what stands for the present checkout of a record; None if it is checked in."""
+    return cast(Any, record).fairy_ref
+
+
+def is_same_pool(pool: Pool, other: Pool) -> bool:
+    """Tell whether two pools are one to the program: the same, or made of it by ``recreate()``."""
+    return type(pool) is type(other) and cast(Any, pool)._creator is cast(Any, other)._creator
+
+
+def is_asyncio(pool: Pool) -> bool:
+    """Tell whether the connections of a pool belong to event loops."""
+    return getattr(pool._dialect, "is_async", False) is True
 
 
 def is_being_handled(record: ConnectionPoolEntry, slot: Slot) -> bool:
@@ -285,7 +400,7 @@ def _handles(frame: Any, record: ConnectionPoolEntry, slot: Slot) -> bool:
     code = frame.f_code
     if code is _CHECKOUT:
         return frame.f_locals.get("rec") is record
-    if code is _CHECKIN:
+    if code is _CHECKIN or code is _OWN_CHECKIN:
         return frame.f_locals.get("self") is record
     if code is _FINALIZE:
         return frame.f_locals.get("connection_record") is record
@@ -294,9 +409,227 @@ def _handles(frame: Any, record: ConnectionPoolEntry, slot: Slot) -> bool:
     return got is slot or getattr(got, "slot", None) is slot
 
 
+def can_ping(pool: Pool) -> bool:
+    """Tell whether the pool's dialect knows how to ping."""
+    dialect = cast(Any, pool._dialect)
+    return callable(getattr(dialect, "do_ping", None)) and hasattr(dialect, "dispatch")
+
+
 def ping(pool: Pool, dbapi_connection: Any) -> bool:
     """Ping through the dialect, ``handle_error`` listeners included; False if disconnected."""
-    return bool(cast(Any, pool._dialect)._do_ping_w_event(dbapi_connection))
+    dialect = cast(Any, pool._dialect)
+    if not all(isinstance(listener, _Judge) for listener in dialect.dispatch.handle_error):
+        return bool(dialect._do_ping_w_event(dbapi_connection))
+    # the same without listeners, whose error is part of a cycle that keeps the caller's frames
+    try:
+        return bool(dialect.do_ping(dbapi_connection))
+    except dialect.loaded_dbapi.Error as error:
+        if dialect.is_disconnect(error, dbapi_connection, None):
+            return False
+        raise
+
+
+Guarded = Callable[[Any, Callable[[], object]], None]
+"""Called with a record and with what resets its connection."""
+
+
+def guard_resets(pool: Pool, on_return: Guarded, at_the_end: Guarded) -> None:
+    """Have resets done by functions that limit their time.
+
+    :param on_return: does the rollback or commit by which the pool resets a returned connection.
+    :param at_the_end: does the rollback of a transaction that ends with the use of its connection.
+    """
+    dialect = cast(Any, pool._dialect)
+    for name in ("do_rollback", "do_commit"):
+        setattr(dialect, name, _guarded_reset(getattr(dialect, name), on_return, at_the_end))
+
+
+def _guarded_reset(
+    reset: Callable[[Any], object], on_return: Guarded, at_the_end: Guarded
+) -> Callable[[Any], None]:
+    def reset_within_limit(proxy: Any) -> None:
+        frame = _frame(1)
+        guarded: Guarded | None = None
+        if frame.f_code is _RESET:
+            guarded = on_return
+        elif frame.f_code is _ROLLBACK and _ends_use(frame):
+            guarded = at_the_end
+        record = None if guarded is None else proxy._connection_record
+        if guarded is None or record is None or record.probe is None:
+            # the application's own, which may take as long as it takes; or nothing can be cut off
+            reset(proxy)
+        else:
+            guarded(record, lambda: reset(proxy))
+
+    return reset_within_limit
+
+
+_ROLLBACK = _engine.Connection._rollback_impl.__code__
+_CLOSE_TRANSACTION = Transaction.close.__code__
+_ROLL_TRANSACTION_BACK = Transaction.rollback.__code__
+_CLOSE = Connection.close.__code__
+_EXIT = TransactionalContext.__exit__.__code__
+_BEGIN = cast(Any, Engine.begin).__wrapped__.__code__
+_SESSION = os.path.join("sqlalchemy", "orm", "session.py")
+
+# _rollback_impl -> _connection_rollback_impl -> _close_impl -> _do_close -> Transaction.close
+_FRAMES_OF_A_ROLLBACK = 5
+
+
+def _ends_use(frame: Any) -> bool:
+    """Tell whether a ROLLBACK is the last thing that is asked of a connection before its return.
+
+    It is in ``Connection.close()``, at the end of a session, and where an error ends the block of
+    ``engine.begin()``.
+    """
+    for _ in range(_FRAMES_OF_A_ROLLBACK):
+        code, frame = frame.f_code, frame.f_back
+        if frame is None:
+            return False
+        caller = frame.f_code
+        if code is _CLOSE_TRANSACTION:
+            return caller is _CLOSE or _is_end_of_session(frame)
+        if code is _ROLL_TRANSACTION_BACK:
+            return caller is _EXIT and frame.f_back is not None and frame.f_back.f_code is _BEGIN
+    return False
+
+
+def _is_end_of_session(frame: Any) -> bool:
+    """Tell whether this is a session that closes, and returns its connection right after."""
+    code = frame.f_code
+    is_close = code.co_name == "close" and code.co_filename.endswith(_SESSION)
+    return is_close and frame.f_locals.get("autoclose") is True
+
+
+def pass_credentials(pool: Pool, supply: Callable[[], Mapping[str, Any]]) -> None:
+    """Have each connect use what ``supply`` returns at that moment."""
+
+    def add_credentials(
+        _dialect: Any, _record: Any, _args: list[Any], named: dict[str, Any]
+    ) -> None:
+        named.update(supply())
+
+    event.listen(cast(Any, pool._dialect), "do_connect", add_credentials)
+
+
+def resets_on_return(pool: Pool) -> bool:
+    """Tell whether SQLAlchemy rolls a connection back, or commits, when it is returned."""
+    return cast(Any, pool)._reset_on_return is not _base.reset_none
+
+
+def judge_errors(pool: Pool, evicts: Callable[[BaseException], bool]) -> None:
+    """Have SQLAlchemy take further errors of statements for the loss of their connection."""
+    event.listen(cast(Any, pool._dialect), "handle_error", _Judge(evicts))
+
+
+class _Judge:
+    """A ``handle_error`` listener that takes some errors for the loss of their connection."""
+
+    def __init__(self, evicts: Callable[[BaseException], bool]) -> None:
+        self._evicts = evicts
+
+    def __call__(self, context: Any) -> None:
+        if not context.is_disconnect and self._evicts(context.original_exception):
+            context.is_disconnect = True
+
+
+# -- pools of SQLAlchemy's own -----------------------------------------------------------------
+
+
+def root_engine(engine: Engine) -> Engine:
+    """Return the engine whose pool this one shares, ``engine.execution_options()``."""
+    while (proxied := getattr(engine, "_proxied", None)) is not None:
+        engine = proxied
+    return engine
+
+
+def records_of(pool: Pool) -> list[ConnectionPoolEntry]:
+    """Return all records of a pool, those in use too, which only the collector knows of."""
+    return [
+        cast(ConnectionPoolEntry, each)
+        for each in gc.get_referrers(pool)
+        if isinstance(each, _base._ConnectionRecord)
+    ]
+
+
+def seconds_since_connect(record: ConnectionPoolEntry, wall_clock: float) -> float:
+    """Return how long ago a record began to connect, by the wall clock that SQLAlchemy goes by."""
+    began_at: float = cast(Any, record).starttime
+    return max(0.0, wall_clock - began_at)
+
+
+def keeps_connect_arguments(pool: Pool) -> bool:
+    """Tell whether ``create_engine`` made the creator, so that ``do_connect`` is fired."""
+    return connect_arguments(cast(Any, pool)._creator) != ((), {})
+
+
+def has_queue(pool: Pool) -> bool:
+    """Tell whether callers may have to wait for this pool."""
+    return not isinstance(pool, NullPool | StaticPool | SingletonThreadPool | AssertionPool)
+
+
+def settings_of(pool: Pool) -> dict[str, Any]:
+    """Return what one of SQLAlchemy's own pools was told."""
+    settings: dict[str, Any] = {}
+    if isinstance(pool, QueuePool):
+        settings = {
+            "pool_size": pool.size(),
+            "max_overflow": pool._max_overflow,
+            "timeout": pool._timeout,
+            "use_lifo": pool._pool.use_lifo,
+        }
+    return {**settings, "recycle": pool._recycle, "pre_ping": pool._pre_ping}
+
+
+def limit_of(pool: Pool) -> int | None:
+    """Return how many connections one of SQLAlchemy's own pools may have; None if no limit."""
+    if isinstance(pool, QueuePool):
+        return None if pool._max_overflow == -1 else pool.size() + pool._max_overflow
+    if isinstance(pool, SingletonThreadPool):
+        return pool.size
+    return 1 if isinstance(pool, StaticPool | AssertionPool) else None
+
+
+_GET_CONNECTION = _base._ConnectionRecord.get_connection.__code__
+_INVALIDATE = _base._ConnectionRecord.invalidate.__code__
+_REASONS: Mapping[str, CloseReason] = {
+    "_do_return_conn": "overflow",
+    "_cleanup": "overflow",
+    "dispose": "disposed",
+}
+
+# the listener -> __call__ -> __close -> close -> what wants it closed
+_FRAMES_OF_A_CLOSE = 5
+
+
+def reason_to_close(record: ConnectionPoolEntry, recycle: float, wall_clock: float) -> CloseReason:
+    """Return why a record closes its connection; to be called by a ``close`` listener itself."""
+    frame: Any = _frame(2)
+    for _ in range(_FRAMES_OF_A_CLOSE):
+        if frame is None:
+            break
+        code = frame.f_code
+        if code is _INVALIDATE:
+            caller = frame.f_back
+            is_reset = caller is not None and caller.f_code is _FINALIZE
+            return "reset" if is_reset else "invalidated"
+        if code is _GET_CONNECTION:
+            is_old = -1 < recycle < seconds_since_connect(record, wall_clock)
+            return "age" if is_old else "invalidated"
+        if code.co_name in _REASONS:
+            return _REASONS[code.co_name]
+        frame = frame.f_back
+    return "closed"
+
+
+def asks_for_invalidation(error: BaseException | None) -> bool:
+    """Tell whether a ``checkout`` listener wants the whole pool invalidated."""
+    return isinstance(error, exc.DisconnectionError) and error.invalidate_pool
+
+
+def has_engine(pool: Pool) -> bool:
+    """Tell whether a dialect of its own stands behind this pool: ``create_engine`` made it."""
+    return not isinstance(pool._dialect, _base._ConnDialect)
 
 
 def connect_arguments(creator: Creator) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -11,13 +11,25 @@ import os
 import threading
 from collections.abc import Callable
 from contextvars import Context
-from time import monotonic, time
+from time import monotonic as _monotonic
+from time import time as _wall_clock
 from typing import Any
 
-__all__ = ["Parker", "RLock", "monotonic", "ownership_of", "start_thread", "wall_clock"]
+__all__ = [
+    "Parker",
+    "RLock",
+    "is_steered",
+    "monotonic",
+    "ownership_of",
+    "start_thread",
+    "wall_clock",
+]
 
 RLock: Callable[[], Any] = threading.RLock
-wall_clock = time
+monotonic: Callable[[], float] = _monotonic
+wall_clock: Callable[[], float] = _wall_clock
+is_steered = False
+"""A test moves the time: pools that are made meanwhile start no threads."""
 
 
 def ownership_of(lock: Any) -> Callable[[], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from _thread import get_ident
 from math import inf
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ class Upkeep:
         self._parker = parker = _sync.Parker()
         self._kept = weakref.ref(kept, lambda _: parker.unpark())
         self._thread: Any = None
+        self._ident = 0
         self._is_running = False
         self._is_stopped = False
         _running.add(self)
@@ -56,6 +58,15 @@ class Upkeep:
             self._is_running = False
             raise
 
+    def nudge(self) -> None:
+        """Have the upkeep look again soon if its thread runs; starts none."""
+        if self._is_running:
+            self._parker.unpark()
+
+    def is_here(self) -> bool:
+        """Tell whether the present thread is that of the upkeep."""
+        return get_ident() == self._ident
+
     def stop(self, seconds: float) -> None:
         """End the thread; wait for it at most so long."""
         self._is_stopped = True
@@ -65,6 +76,7 @@ class Upkeep:
             self._thread.join(seconds)
 
     def _run(self) -> None:
+        self._ident = get_ident()
         seconds = 0.0
         while True:
             was_woken = self._parker.park(

@@ -53,10 +53,13 @@ class _Worker:
             # a finished job must not keep its pool alive while this thread sleeps
             del job
             self._idle.append(self)
-            while not self.parker.park(_LINGER_SECONDS):
-                try:
-                    self._idle.remove(self)
-                except ValueError:
-                    # somebody has just taken this worker and is about to wake it
+            if self.parker.park(_LINGER_SECONDS):
+                continue
+            try:
+                self._idle.remove(self)
+            except ValueError:
+                # somebody has just taken this worker and is about to wake it, unless an exception
+                # from a signal handler kept him from it
+                if self.parker.park(_LINGER_SECONDS):
                     continue
-                return
+            return

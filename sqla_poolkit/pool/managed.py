@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 from ..config import UNSET, PoolConfig
@@ -11,10 +12,13 @@ from ..core.snapshot import PoolSnapshot
 from ..errors import ArgumentError
 from . import _sqlalchemy, _sync
 from ._compatibility import QueuePoolNames
+from ._credentials import Credentials
 from ._driver import Driver
+from ._faults import evicts
 from ._fork import start_over_after_fork
-from ._liveness import probe_for
-from ._names import unique_name
+from ._liveness import busy_check_for, probe_for
+from ._registry import connecting, register
+from ._sessions import session_cleaner
 from ._sqlalchemy import (
     BasePool,
     ConnectionPoolEntry,
@@ -59,6 +63,30 @@ class Managed(QueuePoolNames, BasePool):
     :param ping_after: a connection idle for longer is pinged before it is handed out, if its
         driver's socket can be looked at meanwhile (psycopg2, psycopg, asyncpg); other drivers are
         pinged at every checkout.  Default 1; 0 pings always.
+    :param ping_timeout: a ping that takes longer is cut off and counts as failed; so is the reset
+        of a returned connection, and its close.  Default 5.
+    :param keepalive: an idle connection is pinged in the background this often.  Default 120; 0
+        never pings.
+    :param on_outage: what happens to callers while the database is known to be down: ``"raise"``
+        (default) turns them away at once with ``PoolUnavailable``, ``"wait"`` lets them wait for it
+        until their deadline.
+    :param evict_on: SQLSTATEs, or classes of two characters, of errors after which a connection is
+        not used again.  Default ``08``, ``57P01``, ``57P02``, ``57P03``, ``57P05``, ``25P03``.
+    :param writable: True if the pool is useless on a server that takes no writes: the first error
+        ``25006`` then replaces all connections, as a failover behind a name asks for.  Default
+        False.
+    :param session_reset: what is done to a returned connection beyond a rollback: ``"rollback"``
+        (default) nothing, ``"clean"`` resets the session of PostgreSQL but keeps its plans,
+        ``"discard_all"`` throws those away too; or a function of the DBAPI connection.  If it fails
+        the connection is closed.
+    :param credentials: a function that returns the password, or a mapping of connect arguments, for
+        each connect; called once more if they were refused.
+    :param hold_warning: a connection held for longer is reported with its holder, once, and again
+        when it comes back.  Default 60; 0 never reports.
+    :param on_deadlock: what happens when all connections are held by callers who themselves wait
+        for another one: ``"warn"`` (default) reports it, and the ``PoolTimeout`` of each says so;
+        ``"raise"`` turns away who completes the circle, at once, with ``PoolDeadlock``.  The
+        latter is for programs that never hand a connection from one thread or task to another.
     :param upkeep: ``"thread"`` (default), or ``"inline"`` where no background threads can run:
         callers then connect and close by themselves, so their deadline does not cover their own
         connect, and nothing is replaced or closed while nobody calls.
@@ -96,6 +124,15 @@ class Managed(QueuePoolNames, BasePool):
         max_waiting: int | None = UNSET,
         max_connecting: int = UNSET,
         ping_after: float = UNSET,
+        ping_timeout: float = UNSET,
+        keepalive: float = UNSET,
+        on_outage: str = UNSET,
+        evict_on: Iterable[str] | str | None = UNSET,
+        writable: bool = UNSET,
+        hold_warning: float = UNSET,
+        on_deadlock: str = UNSET,
+        session_reset: str | Callable[[Any], object] = UNSET,
+        credentials: Callable[[], Any] | None = None,
         upkeep: str = UNSET,
         track: str = UNSET,
         collect_leaks: bool = UNSET,
@@ -107,7 +144,7 @@ class Managed(QueuePoolNames, BasePool):
             # made by recreate(): the settings live on in the driver
             self._driver = _driver
             super().__init__(creator, recycle, **kw)
-            _driver.serve(self)
+            self._begin_to_serve()
             return
         arguments = {
             "pool_size": pool_size,
@@ -125,7 +162,15 @@ class Managed(QueuePoolNames, BasePool):
             "max_waiting": max_waiting,
             "max_connecting": max_connecting,
             "ping_after": ping_after,
-            "upkeep": upkeep,
+            "ping_timeout": ping_timeout,
+            "keepalive": keepalive,
+            "on_outage": on_outage,
+            "evict_on": evict_on,
+            "writable": writable,
+            "session_reset": session_reset,
+            "hold_warning": hold_warning,
+            "on_deadlock": on_deadlock,
+            "upkeep": "inline" if _sync.is_steered and not self._is_asyncio else upkeep,
             "track": track,
             "collect_leaks": collect_leaks,
         }
@@ -137,17 +182,49 @@ class Managed(QueuePoolNames, BasePool):
         # SQLAlchemy has its recycle as an integer, but never looks at it here
         super().__init__(creator, -1 if lifetime is None else lifetime, **kw)  # type: ignore[arg-type]
         self._refuse_what_cannot_work()
-        config = self._driver.config
         if pool_name and not isinstance(pool_name, str):
             raise ArgumentError(f"pool_name={pool_name!r} is not possible; it must be a string")
-        name = unique_name(pool_name or _sqlalchemy.database_name(self), self._driver)
+        name = register(pool_name or _sqlalchemy.database_name(self), self._driver)
         self._driver.name(name)
-        _sqlalchemy.pass_connect_timeout(self, config.connect_timeout)
+        if _sqlalchemy.has_engine(self):
+            self._plug_into_engine(session_reset, credentials)
+        elif credentials is not None or session_reset not in (UNSET, "rollback"):
+            raise ArgumentError(
+                "credentials= and session_reset= need an engine: give them to create_engine, "
+                "together with poolclass"
+            )
         start_over_after_fork(self._driver)
+        self._begin_to_serve()
+
+    def _begin_to_serve(self) -> None:
+        if self._driver.config.on_deadlock == "raise":
+            self._do_get = self._do_get_noted  # type: ignore[method-assign]
         self._driver.serve(self)
+
+    def _plug_into_engine(self, session_reset: Any, credentials: Callable[[], Any] | None) -> None:
+        """Have the engine's dialect do what the settings say about connects, resets and errors."""
+        driver, config = self._driver, self._driver.config
+        _sqlalchemy.pass_connect_timeout(self, config.connect_timeout)
+        if config.session_reset != "rollback":
+            driver.clean_session = session_cleaner(session_reset, self._dialect)
+        if credentials is not None:
+            if not callable(credentials):
+                raise ArgumentError(
+                    "credentials= must be a function that returns the password, or a mapping of "
+                    "connect arguments"
+                )
+            driver.credentials = Credentials(credentials)
+            _sqlalchemy.pass_credentials(self, driver.credentials.supply)
+        _sqlalchemy.guard_resets(self, driver.guard_reset, driver.guard_last_rollback)
+        _sqlalchemy.judge_errors(self, partial(evicts, states=config.evict_on))
 
     def _refuse_what_cannot_work(self) -> None:
         self._refuse_the_wrong_kind_of_driver()
+        if self._driver.config.pre_ping and not _sqlalchemy.can_ping(self):
+            raise ArgumentError(
+                "pool_pre_ping=True needs a dialect that can ping; give the pool to create_engine "
+                "as poolclass, or leave pool_pre_ping out"
+            )
         reason = _sqlalchemy.why_unsuitable(self)
         if reason is not None:
             raise ArgumentError(f"{type(self).__name__} cannot serve this database: {reason}")
@@ -200,6 +277,9 @@ class Managed(QueuePoolNames, BasePool):
         if slot is None or slot.state is not CHECKED_OUT:
             driver.take_back(record, is_detached=False)
             return
+        if record.tidy is not None:  # type: ignore[attr-defined]
+            driver.take_back_tidy(record)
+            return
         slot.returned_at = driver.clock()
         driver.inbox.append(slot)
         machine = driver.machine
@@ -216,9 +296,12 @@ class Managed(QueuePoolNames, BasePool):
         driver = self._driver
 
         def invoke(record: ConnectionPoolEntry) -> Any:
+            connecting()
             started_at = _sync.monotonic()
             connection = connect(record)
-            record.probe = probe_for(connection)  # type: ignore[attr-defined]
+            _sqlalchemy.set_adapters(
+                record, probe_for(connection), driver.tidier(connection), busy_check_for(connection)
+            )
             if _sqlalchemy.slot_of(record) is not None:
                 driver.reconnected(record, _sync.monotonic() - started_at)
             return connection
@@ -228,11 +311,17 @@ class Managed(QueuePoolNames, BasePool):
     def _invalidate(
         self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
     ) -> None:
-        """Retire all connections of the given one's generation."""
-        self._driver.invalidate_generation(getattr(connection, "_connection_record", None))
+        """Note that a connection is lost; what that says of the others is the driver's to judge."""
+        self._driver.disconnected(getattr(connection, "_connection_record", None), exception)
         self._invalidate_time = _sync.wall_clock()
         if _checkin and getattr(connection, "is_valid", False):
             connection.invalidate(exception)
+
+    def _do_get_noted(self) -> ConnectionPoolEntry:
+        """Serve a caller, and remember which thread or task that is."""
+        record = Managed._do_get(self)
+        self._driver.note_owner(record)
+        return record
 
     def _do_get_late(self) -> ConnectionPoolEntry:
         """Serve a caller who still has this pool although it has a successor."""
@@ -271,6 +360,10 @@ class Managed(QueuePoolNames, BasePool):
         """Return one consistent reading of the pool."""
         return self._driver.snapshot()
 
+    def glance(self) -> PoolSnapshot:
+        """Return a reading without ``labels`` and ``callers``, cheap however many there are."""
+        return self._driver.snapshot(has_rows=False)
+
     def resize(self, min_size: int = UNSET, max_size: int | None = UNSET) -> None:
         """Change the limits of the live pool.
 
@@ -288,9 +381,16 @@ class Managed(QueuePoolNames, BasePool):
         """Hand out again, to those who waited first."""
         self._driver.resume()
 
-    def retire_all(self) -> None:
-        """Replace every connection: idle ones now, the others when they come back."""
-        self._driver.retire_all("retired")
+    def retire_all(self, over: float = 0.0) -> None:
+        """Replace every connection: idle ones now, the others when they come back.
+
+        :param over: spread this over so many seconds, for a database that should not be asked for
+            all at once.
+        """
+        if over > 0.0:
+            self._driver.retire_gradually(over)
+        else:
+            self._driver.retire_all("retired")
 
     def __repr__(self) -> str:
         self._driver.empty_inbox()

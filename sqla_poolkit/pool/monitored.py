@@ -14,8 +14,8 @@ from ..core.slots import CloseReason
 from ..core.snapshot import PoolSnapshot
 from . import _sqlalchemy, _sync
 from ._fork import start_over_after_fork
-from ._names import unique_name
 from ._recorder import Recorder
+from ._registry import connecting, register
 from ._sqlalchemy import ConnectionPoolEntry, Creator, PoolProxiedConnection
 
 __all__ = ["AsyncMonitoredQueuePool", "MonitoredNullPool", "MonitoredQueuePool"]
@@ -39,11 +39,13 @@ class _Monitored:
 
     def _name_recording(self, pool_name: str | None) -> None:
         wanted = pool_name or _sqlalchemy.database_name(cast(Any, self))
-        self._recorder.name = unique_name(wanted, self._recorder)
+        self._recorder.name = register(wanted, self._recorder)
+        self._recorder.serve(cast(Any, self))
 
     def continue_recording(self, predecessor: _Monitored) -> None:
         """Write on in the predecessor's books."""
         self._recorder = predecessor._recorder
+        self._recorder.serve(cast(Any, self))
 
     def connect(self) -> PoolProxiedConnection:
         """Return a connection from the pool, as ``Engine.raw_connection`` does."""
@@ -67,8 +69,12 @@ class _Monitored:
 
     def _return_conn(self, record: ConnectionPoolEntry) -> None:
         self._recorder.note(self._recorder.ledger.returned, record)
-        token = _closing.set("overflow")
+        is_replaced = self._recorder.served_pool() is not cast(Any, self)
+        token = _closing.set("disposed" if is_replaced else "overflow")
         try:
+            if is_replaced:
+                # SQLAlchemy leaves it to the collector, together with the pool that nobody has
+                record.close()
             super()._do_return_conn(record)  # type: ignore[misc]
         finally:
             _closing.reset(token)
@@ -88,6 +94,7 @@ class _Monitored:
         connect: Any = super()._should_wrap_creator(creator)  # type: ignore[misc]
 
         def invoke(record: ConnectionPoolEntry) -> Any:
+            connecting()
             recorder = self._recorder
             ledger = recorder.ledger
             began_at = recorder.note(ledger.connect_began, record)
@@ -136,6 +143,12 @@ class _Monitored:
     def snapshot(self) -> PoolSnapshot:
         """Return one consistent reading of the pool."""
         return self._recorder.snapshot(cast(Any, self), self._settings(), self._limit())
+
+    def glance(self) -> PoolSnapshot:
+        """Return a reading without ``labels`` and ``callers``, cheap however many there are."""
+        return self._recorder.snapshot(
+            cast(Any, self), self._settings(), self._limit(), has_rows=False
+        )
 
     def _settings(self) -> dict[str, Any]:
         return {}

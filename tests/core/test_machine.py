@@ -7,132 +7,7 @@ from typing import Any
 
 import pytest
 
-from sqla_poolkit.config import PoolConfig
-from sqla_poolkit.core.machine import Machine
-from sqla_poolkit.core.slots import Close, Open, Request, Slot
-from sqla_poolkit.core.snapshot import PoolSnapshot, read_machine
-
-REFUSED = ConnectionError("refused")
-
-
-class Pool:
-    """A state machine with a driver that does nothing by itself.
-
-    Connections to open and to close gather in ``opening`` and ``closing``, the names of woken
-    callers in ``woken``.
-    """
-
-    def __init__(self, *, opened: int = 0, chance: float = 0.5, **settings: Any) -> None:
-        self.now = 0.0
-        self.config = PoolConfig(**settings)
-        self.machine = Machine(self.config, self.now, lambda: chance)
-        self.opening: list[Slot] = []
-        self.closing: list[Slot] = []
-        self.woken: list[str] = []
-        for _ in range(opened):
-            # holders of timeout 0 connect themselves; this one is opened for nobody
-            self.machine._open(self.machine.lanes[0], self.now, "fill")
-            self.open_next()
-
-    def step(self, result: Any = None) -> Any:
-        """Sort what was decided."""
-        for decision in self.machine.take_decisions():
-            if isinstance(decision, Open):
-                self.opening.append(decision.slot)
-            elif isinstance(decision, Close):
-                self.closing.append(decision.slot)
-            else:
-                self.woken.append(decision.request.holder)
-        return result
-
-    def ask(self, who: str = "somebody", since: float | None = None) -> Slot | Request:
-        asked_at = self.now if since is None else since
-        return self.step(self.machine.checkout(asked_at, self.now, who, self.machine.lanes[0]))
-
-    def ask_each(self, names: str) -> list[Any]:
-        return [self.ask(name) for name in names]
-
-    def give_back(self, slot: Slot, reason: Any = None) -> bool:
-        return self.step(self.machine.checkin(slot, self.now, reason))
-
-    def start_next(self) -> Slot | None:
-        """Begin the attempt ordered first; return its slot unless nobody wants it any more."""
-        self.step()
-        slot = self.opening.pop(0)
-        return slot if self.step(self.machine.starting(slot, self.now)) else None
-
-    def connect(self, slot: Slot) -> Slot:
-        self.machine.connected(slot, self.now)
-        return self.step(slot)
-
-    def fail(self, slot: Slot) -> None:
-        self.step(self.machine.connect_failed(slot, self.now, REFUSED))
-
-    def open_next(self) -> Slot:
-        slot = self.start_next()
-        assert slot is not None
-        return self.connect(slot)
-
-    def fail_next(self) -> None:
-        slot = self.start_next()
-        assert slot is not None
-        self.fail(slot)
-
-    def close_next(self) -> None:
-        slot = self.closing.pop(0)
-        self.step(self.machine.closed(slot, self.now))
-
-    def found(self, slot: Slot, stale: Any = None) -> Slot | Request:
-        """Say what a check found out."""
-        return self.step(
-            self.machine.checked(slot, self.now, pinged=True, probed=False, stale=stale)
-        )
-
-    def tick(self, now: float | None = None) -> float:
-        self.now = self.now if now is None else now
-        return self.step(self.machine.tick(self.now))
-
-    def call(self, method: str, *arguments: Any) -> None:
-        self.step(getattr(self.machine, method)(*arguments, self.now))
-
-    def resize(self, min_size: int, max_size: int | None) -> None:
-        self.config = self.config.resized(min_size, max_size)
-        self.call("resize", self.config)
-
-    @property
-    def gauges(self) -> dict[str, int]:
-        """The gauges that are not zero."""
-        machine = self.machine
-        gauges = {
-            "idle": machine.idle,
-            "checked_out": machine.checked_out,
-            "checking": machine.checking,
-            "connecting": machine.connecting,
-            "closing": machine.closing,
-            "waiting": machine.waiting,
-        }
-        return {name: number for name, number in gauges.items() if number}
-
-    @property
-    def held(self) -> list[Slot]:
-        return [slot for slot in self.machine.slots if slot.state == "checked_out"]
-
-    @property
-    def queue(self) -> list[Any]:
-        return [request.holder for request in self.machine.queue]
-
-    def read(self) -> PoolSnapshot:
-        values = read_machine(self.machine, self.now, lambda h: (h, None), has_callers=False)
-        return PoolSnapshot("pool", "Machine", None, self.now, **values)
-
-    def counters(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self.machine.books, name) for name in names}
-
-
-def answer(got: Slot | Request) -> str | None:
-    """Return the state of a slot, or why a request failed at once."""
-    return got.state if isinstance(got, Slot) else got.failure
-
+from tests.core.by_hand import REFUSED, Pool, answer
 
 # -- who is served ---------------------------------------------------------------------------
 
@@ -640,6 +515,103 @@ def test_a_connection_replaced_in_its_holders_hands_begins_its_life_anew():
     pool.give_back(slot)
     pool.now = 150.0
     assert (pool.ask(), slot.uses, pool.read().slots[0].age_seconds) == (slot, 2, 60.0)
+
+
+def test_a_connection_that_no_replacement_had_room_for_is_not_handed_over_once_it_has_expired():
+    pool = Pool(opened=1, max_size=2, max_lifetime=8.0, max_connecting=1, timeout=None)
+    slot = pool.ask("holder")
+    expires_at = slot.expires_at
+    pool.now = expires_at - 0.25
+    pool.ask("waiter")
+    pool.start_next()
+    pool.call("cancel", pool.machine.queue[0])
+    pool.now = expires_at - 0.03125
+    pool.give_back(slot)
+    holder, _ = pool.ask_each("hw")
+    pool.now = expires_at
+    pool.give_back(holder)
+    assert (slot.state, slot.reason, pool.woken) == ("closing", "age", [])
+
+
+# -- retiring gradually ----------------------------------------------------------------------
+
+
+def test_retiring_gradually_replaces_one_connection_after_the_other():
+    pool = Pool(opened=4, max_size=8)
+    pool.machine.retire_gradually(pool.now, 8.0)
+    ordered = []
+    for now in range(1, 10):
+        pool.tick(float(now))
+        ordered.append(len(pool.opening))
+        while pool.opening:
+            pool.open_next()
+        while pool.closing:
+            assert pool.closing[0].reason == "retired"
+            pool.close_next()
+    assert (ordered, pool.gauges) == ([0, 1, 0, 1, 0, 1, 0, 1, 0], {"idle": 4})
+
+
+def test_retiring_gradually_at_max_size_replaces_each_connection():
+    pool = Pool(opened=2, max_size=2)
+    old = list(pool.machine.slots)
+    pool.machine.retire_gradually(pool.now, 8.0)
+    for now in range(1, 13):
+        pool.tick(float(now))
+        while pool.closing:
+            assert pool.closing[0].reason == "retired"
+            pool.close_next()
+        while pool.opening:
+            pool.open_next()
+    assert (pool.gauges, set(old) & set(pool.machine.slots)) == ({"idle": 2}, set())
+
+
+def test_retiring_gradually_leaves_a_held_connection_until_it_comes_back():
+    pool = Pool(opened=1, max_size=1)
+    slot = pool.ask()
+    pool.machine.retire_gradually(pool.now, 8.0)
+    pool.tick(100.0)
+    while_held = pool.gauges
+    pool.give_back(slot)
+    assert (while_held, slot.reason, pool.gauges) == (
+        {"checked_out": 1},
+        "retired",
+        {"closing": 1},
+    )
+
+
+def test_retiring_gradually_leaves_alone_what_ages_sooner():
+    pool = Pool(opened=1, max_size=1, max_lifetime=8.0)
+    pool.machine.retire_gradually(pool.now, 100.0)
+    pool.tick(8.0)
+    assert [slot.reason for slot in pool.closing] == ["age"]
+
+
+def test_what_is_opened_after_a_gradual_retirement_began_is_not_part_of_it():
+    pool = Pool(opened=1, max_size=2)
+    pool.machine.retire_gradually(pool.now, 8.0)
+    pool.machine._open(pool.machine.lanes[0], pool.now, "fill")
+    fresh = pool.open_next()
+    for _ in range(4):
+        pool.tick(pool.now + 4.0)
+        while pool.closing:
+            pool.close_next()
+        while pool.opening:
+            pool.open_next()
+    assert (fresh in pool.machine.slots, pool.gauges) == (True, {"idle": 2})
+
+
+def test_what_a_checkout_finds_expired_of_a_gradual_retirement_is_counted_as_retired():
+    pool = Pool(opened=2, max_size=2)
+    pool.machine.retire_gradually(pool.now, 8.0)
+    pool.now = 20.0
+    pool.ask()
+    assert [slot.reason for slot in pool.closing] == ["retired", "retired"]
+
+
+def test_a_gradual_retirement_is_looked_after_often_enough():
+    pool = Pool(opened=8, max_size=16)
+    pool.machine.retire_gradually(pool.now, 8.0)
+    assert pool.tick() <= 1.0
 
 
 # -- the owner -------------------------------------------------------------------------------

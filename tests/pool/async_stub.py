@@ -51,40 +51,15 @@ class AsyncDatabase(Database):
         ``"close"``; what it returns is awaited.
     """
 
+    connection_class = AsyncConnection
     act: Callable[[str], Awaitable[None] | None]
 
     def __init__(self, act: Callable[[str], Any] = lambda site: None, **kw: Any) -> None:
         super().__init__(act, **kw)
         self.abandoned: list[AsyncConnection] = []
 
-    def connect(self) -> AsyncConnection:
-        """Open a connection; a socket counts from the beginning of the attempt."""
-        with self._lock:
-            self.sockets += 1
-            self.most_sockets = max(self.most_sockets, self.sockets)
-            if self.sockets > self.limit():
-                self.breaches.append(f"{self.sockets} sockets where {self.limit()} are allowed")
-        try:
-            self.visit("connect")
-        except BaseException:
-            with self._lock:
-                self.sockets -= 1
-            raise
-        with self._lock:
-            connection = AsyncConnection(self, len(self.connections) + 1)
-            self.connections.append(connection)
-            return connection
-
-    def visit(self, site: str) -> None:
-        """Count a call, and let ``act`` have its way."""
-        with self._lock:
-            self.visits[site] += 1
-            self.busy[site] += 1
-        try:
-            await_only(self._act(site))
-        finally:
-            with self._lock:
-                self.busy[site] -= 1
+    def _let_act(self, site: str) -> None:
+        await_only(self._act(site))
 
     async def _act(self, site: str) -> None:
         await asyncio.sleep(0)

@@ -1,20 +1,15 @@
-"""A database that does as it is told: a DBAPI, a dialect for it, and a count of its sockets."""
+"""The public fake, with what only our tests want of it: a count of its sockets, and a limit."""
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy.engine.default import DefaultDialect
+from sqla_poolkit.testing.fake import Error, FakeConnection, FakeDBAPI, FakeDialect
 
 __all__ = ["Connection", "Database", "Disconnected", "Error", "Interrupt", "StubDialect"]
-
-
-class Error(Exception):
-    """What the driver raises."""
 
 
 class Disconnected(Error):
@@ -25,17 +20,12 @@ class Interrupt(BaseException):
     """As KeyboardInterrupt: no error of anybody's, but the end of what was going on."""
 
 
-class Connection:
-    """A DBAPI connection, as far as a pool is concerned with it."""
+class Connection(FakeConnection):
+    """A connection of the stub, where statements are no business of ``act``."""
 
     def __init__(self, database: Database, number: int) -> None:
-        self.database = database
-        self.number = number
-        self.is_closed = False
+        super().__init__(database, number)
         self.is_private = False
-
-    def __repr__(self) -> str:
-        return f"<Connection {self.number}>"
 
     def rollback(self) -> None:
         self._visit("reset")
@@ -70,30 +60,28 @@ class Connection:
         self.database.visit(site)
 
 
-class Database:
+class Database(FakeDBAPI):
     """Counts its sockets, and lets ``act`` delay or fail whatever is asked of it.
 
     :param act: called with ``"connect"``, ``"ping"``, ``"reset"``, ``"commit"`` or ``"close"``.
     :param limit: returns how many sockets there may be at this moment.
     """
 
+    connection_class = Connection
+
     def __init__(
         self,
         act: Callable[[str], None] = lambda site: None,
         limit: Callable[[], float] = lambda: float("inf"),
     ) -> None:
-        self.act = act
+        super().__init__(act)
         self.limit = limit
-        self.connections: list[Connection] = []
-        """Every one there ever was."""
         self.sockets = 0
         self.most_sockets = 0
         self.breaches: list[str] = []
-        self.visits: Counter[str] = Counter()
         self.busy: Counter[str] = Counter()
-        self._lock = threading.Lock()
 
-    def connect(self) -> Connection:
+    def connect(self, *arguments: Any, **named: Any) -> Connection:
         """Open a connection; a socket counts from the beginning of the attempt."""
         with self._lock:
             self.sockets += 1
@@ -101,15 +89,12 @@ class Database:
             if self.sockets > self.limit():
                 self.breaches.append(f"{self.sockets} sockets where {self.limit()} are allowed")
         try:
-            self.visit("connect")
+            connection: Connection = super().connect()
         except BaseException:
             with self._lock:
                 self.sockets -= 1
             raise
-        with self._lock:
-            connection = Connection(self, len(self.connections) + 1)
-            self.connections.append(connection)
-            return connection
+        return connection
 
     def disconnected(self, connection: Connection) -> None:
         """Count a socket less."""
@@ -127,18 +112,12 @@ class Database:
     def visit(self, site: str) -> None:
         """Count a call, and let ``act`` have its way."""
         with self._lock:
-            self.visits[site] += 1
             self.busy[site] += 1
         try:
-            self.act(site)
+            super().visit(site)
         finally:
             with self._lock:
                 self.busy[site] -= 1
-
-    @property
-    def open(self) -> list[Connection]:
-        """The connections that are open."""
-        return [connection for connection in self.connections if not connection.is_closed]
 
     @property
     def module(self) -> Any:
@@ -153,7 +132,7 @@ class Database:
         )
 
 
-class StubDialect(DefaultDialect):
+class StubDialect(FakeDialect):
     """SQLAlchemy's way to the stub."""
 
     name = "stub"
@@ -164,9 +143,6 @@ class StubDialect(DefaultDialect):
     def of(cls, database: Database) -> StubDialect:
         """Return the dialect of this database."""
         return cls(dbapi=database.module)
-
-    def do_ping(self, dbapi_connection: Any) -> bool:
-        return bool(dbapi_connection.ping())
 
     def is_disconnect(self, e: BaseException, connection: Any, cursor: Any) -> bool:
         return isinstance(e, Disconnected)

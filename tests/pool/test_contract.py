@@ -25,10 +25,11 @@ from sqla_poolkit import (
     held_by,
 )
 from sqla_poolkit.errors import PoolMisuse
-from sqla_poolkit.pool import _upkeep, _workers
 from tests.pool.callers import PATIENCE_SECONDS, Callers, Tasks, Threads
 from tests.pool.laws import assert_lawful, broken_laws
 from tests.pool.stub import Database, Disconnected, Error, StubDialect
+
+pytestmark = pytest.mark.usefixtures("idle_threads_leave_soon")
 
 asyncio_too = pytest.mark.extra
 MANAGED = [
@@ -105,14 +106,6 @@ class World:
         elif self.pool is not None:
             self.callers.call(self.pool.dispose)
         self.callers.stop()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def idle_threads_leave_soon() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_workers, "_LINGER_SECONDS", 0.01)
-        patch.setattr(_upkeep, "_LINGER_SECONDS", 0.01)
-        yield
 
 
 @pytest.fixture(params=MANAGED)

@@ -97,7 +97,7 @@ class World:
     def audit_twice(self) -> None:
         driver = self.pool._driver
         for _ in range(2):
-            driver._next_audit = 0.0
+            driver._auditor._next_look = 0.0
             driver.upkeep()
 
     def assert_nothing_is_lost(self) -> None:

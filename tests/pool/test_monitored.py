@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -427,6 +429,25 @@ def test_a_successor_writes_on_in_the_same_books(any_pool: Pool) -> None:
     assert (after.name, after.pool_class) == (before.name, before.pool_class)
     assert (after.settings, after.checkouts, after.connects) == (before.settings, 2, 2)
     successor.dispose()
+
+
+def test_a_connection_that_returns_after_dispose_goes_and_so_does_its_pool(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'shop.db'}", poolclass=MonitoredQueuePool)
+    held = engine.connect()
+    native = held.connection.dbapi_connection
+    before = weakref.ref(engine.pool)
+    engine.dispose()
+    held.close()
+    reading = lawful(engine.pool)
+    assert (reading.open, reading.closes) == (0, {"disposed": 1})
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        native.cursor()
+    del held, native
+    gc.collect()
+    assert before() is None
+    engine.connect().close()
+    assert lawful(engine.pool).open == 1
+    engine.dispose()
 
 
 def test_engine_dispose_keeps_track_name_and_totals(tmp_path: Path) -> None:

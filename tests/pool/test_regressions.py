@@ -29,22 +29,17 @@ from sqla_poolkit.config import PoolConfig
 from sqla_poolkit.core.holders import current_label
 from sqla_poolkit.core.machine import Machine
 from sqla_poolkit.core.slots import Close, Slot
-from sqla_poolkit.pool import _sqlalchemy, _upkeep, _workers
+from sqla_poolkit.pool import _sqlalchemy
 from sqla_poolkit.pool._messages import describe_error
-from tests.pool.stub import Database, Error
+from sqla_poolkit.testing import FaultProxy
+from tests.pool.stub import Database, Error, StubDialect
 from tests.servers import PostgresServer
+
+pytestmark = pytest.mark.usefixtures("idle_threads_leave_soon")
 
 PATIENCE_SECONDS = 10.0
 
 MakePool = Callable[..., ManagedPool]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def idle_threads_leave_soon() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_workers, "_LINGER_SECONDS", 0.01)
-        patch.setattr(_upkeep, "_LINGER_SECONDS", 0.01)
-        yield
 
 
 @pytest.fixture
@@ -101,15 +96,15 @@ def test_the_upkeep_goes_on_after_a_round_that_failed(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     pool = make_pool(max_size=1, idle_timeout=0.05)
-    tick = pool._driver.machine.tick
+    tick = Machine.tick
     failures = [RuntimeError("a bad round")]
 
-    def fail_once(now: float) -> float:
+    def fail_once(machine: Machine, now: float) -> float:
         if failures:
             raise failures.pop()
-        return tick(now)
+        return tick(machine, now)
 
-    monkeypatch.setattr(pool._driver.machine, "tick", fail_once)
+    monkeypatch.setattr(Machine, "tick", fail_once)
     pool.connect().close()
     until(lambda: pool.snapshot().closes == {"idle": 1})
     assert "The upkeep of the pool failed; it goes on" in caplog.text
@@ -405,6 +400,37 @@ def test_a_stopped_loop_does_not_keep_another_from_the_place(postgres: PostgresS
     gc.collect()
 
 
+def test_a_ping_that_stops_with_its_loop_is_nobodys_connection(postgres: PostgresServer):
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    with FaultProxy("127.0.0.1", postgres.port) as proxy:
+        engine = create_async_engine(
+            postgres.url("asyncpg", proxy), poolclass=AsyncManagedPool, max_size=2, keepalive=0.1
+        )
+
+        async def use() -> int:
+            async with engine.connect() as connection:
+                return (await connection.execute(sa.text("SELECT 1"))).scalar()
+
+        one, other = asyncio.new_event_loop(), asyncio.new_event_loop()
+        try:
+            one.run_until_complete(use())
+            proxy.delay(0.3)
+            while not engine.pool.snapshot().checking:
+                one.run_until_complete(asyncio.sleep(0.01))
+            proxy.heal()
+            assert [loop.run_until_complete(use()) for loop in (other, one, other)] == [1] * 3
+            reading = engine.pool.snapshot()
+            other.run_until_complete(engine.pool.close())
+        finally:
+            for loop in (one, other):
+                loop.run_until_complete(asyncio.sleep(0.4))
+                loop.close()
+    # whether it is given up depends on whether the upkeep looks while its loop is stopped
+    assert (reading.forgotten <= 1, reading.checkouts) == (True, 4)
+    assert engine.pool.snapshot().open == 0
+
+
 @pytest.mark.extra
 def test_a_close_that_the_end_of_its_loop_cancels_is_no_error(caplog: pytest.LogCaptureFixture):
     from sqlalchemy.util import await_only
@@ -428,3 +454,22 @@ def test_a_close_that_the_end_of_its_loop_cancels_is_no_error(caplog: pytest.Log
         asyncio.run(main())
     assert caplog.text == ""
     assert pool.snapshot().open == 0
+
+
+def test_the_auditor_leaves_what_a_slow_dispose_has_yet_to_close():
+    at_a_time = []
+
+    def act(site: str) -> None:
+        if site == "close":
+            at_a_time.append(database.busy["close"])
+            time.sleep(0.8)
+
+    database = Database(act)
+    pool = ManagedPool(database.connect, max_size=5, dialect=StubDialect.of(database))
+    held = [pool.connect() for _ in range(5)]
+    for proxy in held:
+        proxy.close()
+    pool.dispose()  # four seconds, one after the other: four rounds of the auditor
+    assert at_a_time == [1] * 5
+    assert (database.sockets, pool.snapshot().closes) == (0, {"disposed": 5})
+    pool.close()

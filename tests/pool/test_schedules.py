@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -27,7 +29,14 @@ from hypothesis import strategies as st
 from sqlalchemy import exc
 from sqlalchemy.pool import QueuePool
 
-from sqla_poolkit import ManagedPool, PoolClosed, PoolOverloaded, PoolSnapshot, PoolTimeout
+from sqla_poolkit import (
+    ManagedPool,
+    PoolClosed,
+    PoolOverloaded,
+    PoolSnapshot,
+    PoolTimeout,
+    PoolUnavailable,
+)
 from sqla_poolkit.core.machine import Machine
 from sqla_poolkit.core.snapshot import read_machine
 from sqla_poolkit.pool import _driver, _threads, _upkeep, _workers, managed
@@ -96,6 +105,12 @@ class Caller:
     state: str = "away"
     asked_at: float = 0.0
     task: Any = None
+
+
+def override(thing: Any, **methods: Callable[..., Any]) -> None:
+    """Have one object, whose attributes are slots, do something else."""
+    own = {name: staticmethod(method) for name, method in methods.items()}
+    thing.__class__ = type("Overridden", (type(thing),), {"__slots__": (), **own})
 
 
 @dataclass
@@ -189,7 +204,7 @@ class World:
                 self.errors.append("an attempt starts beyond the limit")
             return is_wanted
 
-        self.machine.starting = watched
+        override(self.machine, starting=watched)
 
     def watch_the_queue(self) -> None:
         """Have nobody served at once while somebody waits."""
@@ -203,7 +218,7 @@ class World:
             self.requests[self.simulation.current] = got
             return got
 
-        self.machine.checkout = watched
+        override(self.machine, checkout=watched)
 
     # -- the laws ----------------------------------------------------------------------------
 
@@ -284,8 +299,9 @@ class World:
         """Whether a failed connect holds growth back; inline nobody comes back to it by himself."""
         if self.plan.is_inline:
             return bool(self.machine.books.connect_failures)
-        until = self.machine._backoff.until + GLANCE
-        return bool(self.machine.open) and self.simulation.now < until
+        breaker = self.machine.breaker
+        holds_back = self.machine.open or breaker.is_open
+        return bool(holds_back) and self.simulation.now < breaker.until + GLANCE
 
     def look_for_missed_deadline(self) -> None:
         timeout = self.plan.timeout
@@ -310,7 +326,7 @@ class World:
         if self.driver.inbox and machine.waiting:
             self.errors.append("a return lies in the inbox while callers wait")
         if not self.plan.is_inline:
-            if self.driver._backlog or machine.decisions:
+            if self.driver.backlog or machine.decisions:
                 self.errors.append("decisions that nobody carries out")
             asleep = [
                 request
@@ -388,6 +404,8 @@ class World:
             return "timeouts"
         if isinstance(error, PoolOverloaded):
             return "rejected"
+        if isinstance(error, PoolUnavailable):
+            return "unavailable"
         if isinstance(error, Interrupt):
             return "cancelled" if str(error) in ("killed", "ping", "close") else "failed"
         if isinstance(error, PoolClosed | Error):
@@ -420,7 +438,8 @@ class World:
                 self.pool.resize(max_size=int(number))
             elif verb == "replace":
                 predecessor = self.pool
-                predecessor.dispose()
+                with suppress(Interrupt):
+                    predecessor.dispose()
                 self.pool = predecessor.recreate()
             elif verb == "snapshot":
                 assert_lawful(self.pool.snapshot(), was_shrunk=self.is_shrunk)
@@ -506,7 +525,7 @@ class World:
         """Compare what the books say with what the callers saw."""
         snapshot = self.pool.snapshot()
         assert_lawful(snapshot)
-        names = ("checkouts", "timeouts", "rejected", "cancelled", "failed")
+        names = ("checkouts", "timeouts", "rejected", "cancelled", "failed", "unavailable")
         said = {name: getattr(snapshot, name) for name in names}
         seen = {name: self.outcomes[name] for name in names}
         # a caller may be killed at the moment when its request ends in another way
@@ -658,7 +677,9 @@ def test_no_law_breaks_for_the_simplest_plans(plan: Plan, choices: list[int], by
 
 
 def test_a_seed_stands_for_one_run():
-    assert replay(7).simulation.trace == replay(7).simulation.trace
+    # an earlier pool may still have the name
+    one, other = ([re.sub(r"#\d+", "", step) for step in replay(7).simulation.trace] for _ in "12")
+    assert one == other
 
 
 def test_different_seeds_give_different_runs_of_one_plan():
@@ -738,7 +759,7 @@ def lose_the_place_of_a_failed_connect(monkeypatch):
 
 
 def keep_the_place_of_a_killed_waiter(monkeypatch):
-    monkeypatch.setattr(Machine, "abandon", lambda machine, got, now, error: None)
+    monkeypatch.setattr(Machine, "abandon", lambda machine, got, now, **ends: None)
 
 
 def serve_the_last_first(monkeypatch):

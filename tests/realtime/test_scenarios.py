@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from sqla_poolkit import ManagedPool, PoolClosed, PoolOverloaded, PoolTimeout
+from sqla_poolkit import ManagedPool, PoolClosed, PoolOverloaded, PoolTimeout, PoolUnavailable
 from sqla_poolkit.pool import _upkeep, _workers
 from tests.pool.laws import assert_lawful
 from tests.pool.stub import Database, Error
@@ -549,7 +549,7 @@ def test_all_laws_hold_while_everything_happens_at_once(make_pool: MakePool, ser
 
     def use(number: int) -> None:
         while not is_over.is_set():
-            with suppress(PoolTimeout, PoolOverloaded, Error):
+            with suppress(PoolTimeout, PoolOverloaded, PoolUnavailable, Error):
                 connection = pool.connect()
                 if number % 8 == 0:
                     connection.invalidate()
