@@ -66,7 +66,7 @@ def interrupt_often(
 
 
 def _is_an_alarm(error: BaseException) -> bool:
-    """Tell whether this is an alarm, or what SQLAlchemy says of a transaction that one cut short."""
+    """Tell whether it is an alarm, or SQLAlchemy's word on a transaction that one cut short."""
     if isinstance(error, Alarm):
         return True
     last = traceback.extract_tb(error.__traceback__)[-1]
