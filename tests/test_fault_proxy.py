@@ -22,6 +22,7 @@ import pytest
 from sqla_poolkit.testing import FaultProxy
 from sqla_poolkit.testing.__main__ import main, obey
 from tests.servers import PostgresServer
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[1]
 # So long a socket is listened to before it counts as silent.
@@ -104,13 +105,6 @@ def is_reset(end: socket.socket) -> bool:
     except ConnectionResetError:
         return True
     return False
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_bytes_pass_in_both_directions(network: Network):

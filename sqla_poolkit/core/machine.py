@@ -443,10 +443,11 @@ class Machine:
 
     def _stop_at_use(self, slot: Slot) -> None:
         """Do what is due after some uses: sort the durations, or retire after the last one."""
-        if slot.uses >= self._last_use:
+        last_use = slot.used_before + self._last_use
+        if slot.uses >= last_use:
             slot.review_at = _REVIEW
         self.books.sort_records()
-        slot.next_stop = min(slot.uses + _SORT_EACH, max(self._last_use, slot.uses + 1))
+        slot.next_stop = min(slot.uses + _SORT_EACH, max(last_use, slot.uses + 1))
 
     def note_peak(self) -> None:
         """Bring the peak of ``checked_out`` up to date.
@@ -715,18 +716,25 @@ class Machine:
 
         :return: the next deadline in the lane; infinity if there is none.
         """
+        next_deadline = self._end_overdue(lane, now)
+        self._grow(now)
+        return next_deadline
+
+    def _end_overdue(self, lane: Lane, now: float, grace: float = 0.0) -> float:
+        """End the requests of a lane so many seconds after their deadlines; return the next one."""
         next_deadline = inf
-        for request in list(lane.queue):
+        overdue = []
+        for request in lane.queue:
             deadline = inf if request.deadline is None else request.deadline
-            if deadline <= now:
-                self._fail_waiting(request, now, "timeout")
+            if deadline + grace <= now:
+                overdue.append(request)
                 continue
             next_deadline = min(next_deadline, deadline)
             if not self._deadlines_vary:
                 break
-        else:
-            self._deadlines_vary = False
-        self._grow(now)
+        for request in overdue:
+            self._fail_waiting(request, now, "timeout")
+        self._deadlines_vary = self._deadlines_vary and bool(self.waiting)
         return next_deadline
 
     def cancel(self, request: Request, now: float) -> None:
@@ -1057,7 +1065,7 @@ class Machine:
             return "closed"
         if len(self.slots) - self.closing > self._limit:
             return "resize"
-        if slot.uses >= self._last_use:
+        if slot.uses_of_connection >= self._last_use:
             return "uses"
         if now >= slot.expires_at:
             return slot.age_reason
@@ -1090,10 +1098,8 @@ class Machine:
         slot.is_replaced = False
         slot.generation = self.generation
         slot.is_suspect = False
-        if slot.sought_at_use == slot.uses:
-            slot.sought_at_use = 1
-        slot.uses = 1
-        slot.next_stop = min(self._last_use, _SORT_EACH)
+        slot.used_before = slot.uses - 1
+        slot.next_stop = slot.used_before + min(self._last_use, _SORT_EACH)
         slot.opened_at = slot.checked_at = now
         self._set_age(slot, now)
         slot.review_at = _REVIEW  # uses, a lower limit or the end of the pool may ask for it still
@@ -1478,7 +1484,7 @@ class Machine:
         self.books.count_close(reason)
         if reason == "leaked":
             self._tell_of(ConnectionLeaked, now, slot.holder, now - slot.held_since)
-        self._tell(ConnectionClosed, now, reason, now - slot.opened_at, slot.uses)
+        self._tell(ConnectionClosed, now, reason, now - slot.opened_at, slot.uses_of_connection)
 
     def _close_ended(self, slot: Slot) -> None:
         self.closing -= 1
@@ -1495,7 +1501,8 @@ class Machine:
         if self.waiting:
             self.advance(now)
         self.books.sort_records()
-        self._end_overdue(now)
+        for lane in self.lanes:
+            self._end_overdue(lane, now, _GRACE_SECONDS)  # whoever asked is gone without a word
         self._note_exhaustion(now)
         self._note_standstill(now)
         self._note_long_holds(now)
@@ -1506,15 +1513,6 @@ class Machine:
             self._grow(now)
             self._keep_alive(now)
         return self.next_tick(now)
-
-    def _end_overdue(self, now: float) -> None:
-        """End requests long past their deadline: whoever asked is gone without a word."""
-        for lane in self.lanes:
-            while lane.queue:
-                request = next(iter(lane.queue))
-                if request.deadline is None or now < request.deadline + _GRACE_SECONDS:
-                    break
-                self._fail_waiting(request, now, "timeout")
 
     def _note_exhaustion(self, now: float) -> None:
         """Tell once that all connections are held and somebody has waited for long; and its end."""
@@ -1563,7 +1561,8 @@ class Machine:
 
         :param holders: for each slot at which use it was, whose caller has it, and where he is.
         """
-        is_so = self._is_held_up and len(holders) == len(self.slots)
+        # a lowered max_size can leave places beside them, closing ones, that will serve nobody
+        is_so = self._is_held_up and len(holders) == self.checked_out
         for slot, (use, request, _) in holders.items():
             is_waiting = request.slot is None and request.failure is None
             is_so = is_so and is_waiting and slot.state is CHECKED_OUT and slot.uses == use
@@ -1604,6 +1603,8 @@ class Machine:
         holds = []
         owners = set()
         for slot in self.slots:
+            if slot.state is not CHECKED_OUT:
+                continue
             use, owner = slot.owner
             if use != slot.uses or owner not in waiting:
                 return

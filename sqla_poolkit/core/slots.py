@@ -107,6 +107,7 @@ class Slot:
         "spread",
         "started_at",
         "state",
+        "used_before",
         "uses",
     )
 
@@ -133,6 +134,9 @@ class Slot:
         self.is_suspect = False
         """Another connection of its generation was found dead: ping it before it is used."""
         self.uses = 0
+        """How often it was handed out."""
+        self.used_before = 0
+        """How often of these with a connection that was replaced in its holder's hands."""
         self.next_stop = 0
         """At this number of uses something is due."""
         self.ages_at = inf
@@ -175,6 +179,11 @@ class Slot:
     def is_pinged_for_nobody(self) -> bool:
         """It is pinged in the background, to keep it alive."""
         return self.state == CHECKING and self.request is None
+
+    @property
+    def uses_of_connection(self) -> int:
+        """How often its present connection was handed out."""
+        return self.uses - self.used_before
 
     def __repr__(self) -> str:
         return f"<Slot {self.state}, {self.uses} uses>"

@@ -440,7 +440,7 @@ def _read_slot(slot: Slot, now: float, describe: Describe) -> SlotReading:
         state=state,
         age_seconds=now - (slot.started_at if state == "connecting" else slot.opened_at),
         idle_seconds=now - slot.idle_since if state == "idle" else None,
-        uses=slot.uses,
+        uses=slot.uses_of_connection,
         label=label,
         caller=caller,
         held_seconds=now - slot.held_since if state == "checked_out" else None,

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqla_poolkit.config import PoolConfig
 from sqla_poolkit.core.machine import Machine
-from sqla_poolkit.core.slots import Check, Close, ConnectFault, Open, Request, Slot, Wake
+from sqla_poolkit.core.slots import Check, Close, ConnectFault, Locate, Open, Request, Slot, Wake
 from sqla_poolkit.core.snapshot import PoolSnapshot, read_machine
 
 REFUSED = ConnectionError("refused")
@@ -16,7 +16,8 @@ class Pool:
     """A state machine with a driver that does nothing by itself.
 
     Connections to open, to close and to keep alive gather in ``opening``, ``closing`` and
-    ``keeping``, the names of woken callers in ``woken``.
+    ``keeping``, the names of woken callers in ``woken``, those of holders to be looked for in
+    ``sought``.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Pool:
         self.closing: list[Slot] = []
         self.keeping: list[Slot] = []
         self.woken: list[str] = []
+        self.sought: list[Any] = []
         for _ in range(opened):
             # holders of timeout 0 connect themselves; this one is opened for nobody
             self.machine._open(self.machine.lanes[0], self.now, "fill")
@@ -45,6 +47,8 @@ class Pool:
                 self.keeping.append(decision.slot)
             elif isinstance(decision, Wake):
                 self.woken.append(decision.request.holder)
+            elif isinstance(decision, Locate):
+                self.sought.extend(slot.holder for slot in decision.slots)
         return result
 
     def ask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -514,7 +515,60 @@ def test_a_connection_replaced_in_its_holders_hands_begins_its_life_anew():
     pool.step(pool.machine.reconnected(slot, pool.now, 0.5))
     pool.give_back(slot)
     pool.now = 150.0
-    assert (pool.ask(), slot.uses, pool.read().slots[0].age_seconds) == (slot, 2, 60.0)
+    assert pool.ask() == slot
+    (reading,) = pool.read().slots
+    assert (reading.uses, reading.age_seconds) == (2, 60.0)
+    pool.give_back(slot)
+    assert pool.closing == [slot]
+
+
+def test_who_keeps_a_connection_replaced_in_his_hands_is_looked_for_once():
+    pool = Pool(opened=1, max_size=1, hold_warning=1.0)
+    slot = pool.ask("first")
+    pool.tick(1.0)
+    pool.step(pool.machine.reconnected(slot, pool.now, 0.5))
+    pool.tick(2.0)
+    pool.give_back(slot)
+    pool.ask("second")
+    pool.step(pool.machine.reconnected(slot, pool.now, 0.5))
+    pool.tick(3.0)
+    pool.tick(4.0)
+    assert pool.sought == ["first", "second"]
+
+
+def test_each_caller_keeps_his_own_deadline_when_the_timeout_changes():
+    pool = Pool(opened=1, max_size=1, timeout=30.0)
+    pool.ask("holder")
+    pool.ask("patient")
+    pool.config = replace(pool.config, timeout=1.0)
+    pool.call("resize", pool.config)
+    pool.ask("first")
+    pool.now = 0.5
+    pool.ask("second")
+    (lane,) = pool.machine.lanes
+    due = [pool.step(pool.machine.expire_overdue(lane, now)) for now in (0.75, 1.0, 1.5, 30.0)]
+    assert (due, pool.woken) == ([1.0, 1.5, 30.0, inf], ["first", "second", "patient"])
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_a_deadlock_of_more_connections_than_a_lowered_max_size_allows_is_one(is_refused: bool):
+    pool = Pool(opened=3, max_size=3, timeout=30.0)
+    outer = pool.ask_each("ABC")
+    pool.resize(0, 1)
+    pool.give_back(outer.pop())  # closes, and serves nobody
+    inner = [pool.ask("A"), pool.ask("B")]
+    for slot, request in zip(outer, inner, strict=True):
+        request.owner = slot.holder
+        slot.owner = (slot.uses, slot.holder)
+    if is_refused:
+        pool.step(pool.machine.refuse_deadlock(inner[0], pool.now))
+        assert answer(inner[0]) == "deadlock"
+    else:
+        found = zip(outer, inner, strict=True)
+        places = {slot: (slot.uses, request, "somewhere") for slot, request in found}
+        pool.step(pool.machine.entangled(pool.now, places))
+    assert pool.gauges["closing"] == 1
+    assert inner[0].deadlock.checked_out == 2
 
 
 def test_a_connection_that_no_replacement_had_room_for_is_not_handed_over_once_it_has_expired():

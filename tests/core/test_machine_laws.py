@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil, inf
 
@@ -321,6 +321,7 @@ class PoolLaws(RuleBasedStateMachine):
         self.deaths: list[float] = []
         self.asked_at = self.now
         self.is_warm = False
+        self.grace = GRACE_SECONDS
         self.ticked_at = self.now
         self.places_before = 0
         self.counters_before = Counter[str]()
@@ -522,7 +523,8 @@ class PoolLaws(RuleBasedStateMachine):
         caller = self.asking[request]
         assert caller.stage == "waiting", "a caller is woken who does not wait"
         first = self.queue_of(caller.lane)[0]
-        assert caller is first, "a caller is served before somebody who came first"
+        gives_up_earlier = request.failure == "timeout" and caller.deadline < first.deadline
+        assert caller is first or gives_up_earlier, "a caller is served before who came first"
         self.leave_queue(caller)
         if request.slot is not None:
             assert request.failure is None
@@ -531,7 +533,7 @@ class PoolLaws(RuleBasedStateMachine):
             if request.slot.state == "checked_out":
                 self.serve(caller, is_granted=True)
         elif request.failure == "timeout":
-            assert self.now >= caller.deadline + GRACE_SECONDS, "given up before its time"
+            assert self.now >= caller.deadline + self.grace, "given up before its time"
             self.end(caller, "timeouts")
         else:
             assert (request.failure, request.error) == self.to_fail.pop(caller)
@@ -758,6 +760,19 @@ class PoolLaws(RuleBasedStateMachine):
         else:
             assert (slot, caller.request.failure) == (None, "timeout")
         self.carry_on()
+
+    @precondition(lambda self: self.at("waiting"))
+    @rule(lane=PICK)
+    def expire_overdue(self, lane: int) -> None:
+        """Let a timer end whoever waited in vain, all at once; the next one is when it says."""
+        lane = chosen(self.lanes, lane)
+        self.grace = 0.0
+        due = self.machine.expire_overdue(lane, self.now)
+        self.carry_on()
+        self.grace = GRACE_SECONDS
+        deadlines = [caller.deadline for caller in self.queue_of(lane)]
+        assert self.now < due
+        assert min(deadlines, default=inf) <= due <= min(deadlines, default=inf) + MOMENT
 
     @precondition(lambda self: self.at("waiting", "granted"))
     @rule(pick=PICK, error=ENDS)
@@ -1306,7 +1321,9 @@ class PoolLaws(RuleBasedStateMachine):
         self.note_late_attempts()
         self.carry_on()
         assert set(self.long_holds()) <= self.sought
-        assert all(self.now < caller.deadline + GRACE_SECONDS for caller in self.queue)
+        # who comes first may have read the clock a moment later
+        last = self.now - GRACE_SECONDS - MOMENT
+        assert all(last < caller.deadline for caller in self.queue)
         if self.phase == "open":
             self.see_that_the_database_is_tried(due)
             self.see_that_idle_connections_are_kept_alive()
@@ -1391,6 +1408,14 @@ class PoolLaws(RuleBasedStateMachine):
     def resize(self, max_size: int | None, min_size: int) -> None:
         min_size = min_size if max_size is None else min(min_size, max_size)
         self.config = self.config.resized(min_size, max_size)
+        self.machine.resize(self.config, self.now)
+        self.carry_on()
+
+    @precondition(lambda self: self.config.timeout != 0)
+    @rule(seconds=st.sampled_from([1.0, 8.0, None]))
+    def change_timeout(self, seconds: float | None) -> None:
+        """From here on, whoever asks later may have the earlier deadline."""
+        self.config = replace(self.config, timeout=seconds)
         self.machine.resize(self.config, self.now)
         self.carry_on()
 

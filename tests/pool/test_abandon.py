@@ -8,10 +8,7 @@ import gc
 import os
 import socket
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +18,7 @@ import pytest
 from sqla_poolkit.pool import _abandon
 from sqla_poolkit.pool._abandon import abandon, native_connection
 from tests.servers import PostgresServer
+from tests.waiting import until
 
 pytestmark = pytest.mark.extra
 
@@ -67,14 +65,7 @@ class Driver:
         return sum(link == str(self.file) for link in links)
 
     def wait_until_gone(self) -> None:
-        wait_until(lambda: self.ends() == 0)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        threading.Event().wait(0.005)
+        until(lambda: self.ends() == 0)
 
 
 @pytest.fixture(params=["asyncpg", "psycopg", "aiosqlite"])

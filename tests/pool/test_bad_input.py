@@ -14,6 +14,7 @@ from sqla_poolkit import ManagedPool, PoolTimeout
 from sqla_poolkit.errors import ArgumentError
 from tests.pool.laws import assert_lawful
 from tests.pool.stub import Connection, Database, Disconnected, Interrupt, StubDialect
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("idle_threads_leave_soon")
 
@@ -22,13 +23,6 @@ PATIENCE_SECONDS = 10.0
 
 def pool_of(database: Database, **settings: Any) -> ManagedPool:
     return ManagedPool(database.connect, dialect=StubDialect.of(database), **settings)
-
-
-def until(is_so: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def assert_whole(pool: ManagedPool, database: Database, size: int) -> None:

@@ -25,6 +25,7 @@ from sqla_poolkit import AsyncManagedPool, ManagedPool, PoolDeadlock, PoolTimeou
 from sqla_poolkit.pool import _searches, _whereabouts
 from sqla_poolkit.watch import recent_events
 from tests.servers import PostgresServer
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("idle_threads_leave_soon")
 
@@ -51,13 +52,6 @@ def engines(postgres: PostgresServer) -> Iterator[Engines]:
 
 def deadlocks(engine: sa.Engine | AsyncEngine) -> list[watch.DeadlockFound]:
     return [e for e in recent_events(engine) if isinstance(e, watch.DeadlockFound)]
-
-
-def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def take_two(engine: sa.Engine, together: threading.Barrier) -> BaseException | None:

@@ -39,6 +39,7 @@ from sqla_poolkit.pool import _sync, managed
 from sqla_poolkit.watch import recent_events
 from tests.pool.laws import assert_lawful
 from tests.pool.stub import Database, Disconnected, Error, Interrupt, StubDialect
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("idle_threads_leave_soon")
 
@@ -134,14 +135,6 @@ def in_thread(work: Callable[[], Any]) -> Future[Any]:
 
     threading.Thread(target=run).start()
     return future
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    """Let other threads run until something is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be so"
-        threading.Event().wait(0.001)
 
 
 def waiter_at(pool: ManagedPool, waiting: int = 1) -> Future[Any]:

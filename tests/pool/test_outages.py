@@ -27,6 +27,7 @@ from sqla_poolkit.pool._threads import ThreadDriver
 from sqla_poolkit.testing import FaultProxy
 from tests.pool.laws import assert_lawful
 from tests.servers import PgBouncer, PostgresServer
+from tests.waiting import until
 
 Got = TypeVar("Got")
 
@@ -114,13 +115,6 @@ class App:
 
 def ask(connection: sa.Connection) -> Any:
     return connection.execute(sa.text("SELECT 1")).scalar()
-
-
-def until(is_so: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def end_sessions(server: Any, sessions: int) -> None:

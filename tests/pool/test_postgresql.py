@@ -21,6 +21,7 @@ from sqla_poolkit import ManagedPool, PoolTimeout
 from sqla_poolkit.pool import _upkeep, _workers
 from tests.pool.laws import assert_lawful
 from tests.servers import PostgresServer
+from tests.waiting import until
 
 pytestmark = pytest.mark.extra
 
@@ -37,7 +38,7 @@ def impatient_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_workers, "_LINGER_SECONDS", 0.02)
     monkeypatch.setattr(_upkeep, "_LINGER_SECONDS", 0.02)
     yield
-    wait_until(lambda: before.issuperset(threading.enumerate()))
+    until(lambda: before.issuperset(threading.enumerate()))
 
 
 @pytest.fixture(params=["psycopg2", "psycopg"])
@@ -62,14 +63,6 @@ def make_engine(driver: str) -> Iterator[MakeEngine]:
     yield make
     for engine in engines:
         engine.pool.close(1.0)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Come back when it is so; fail if it does not become so."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        threading.Event().wait(0.005)
 
 
 def all_together(count: int, work: Callable[[], Any]) -> list[Any]:
@@ -124,7 +117,7 @@ def test_callers_do_not_notice_that_idle_sessions_died(
         assert postgres.terminate_sessions() == 3
     else:
         postgres.restart("immediate")
-    wait_until(lambda: all(hung_up(connection) for connection in idle))
+    until(lambda: all(hung_up(connection) for connection in idle))
     after = hold_together(engine, 3)
     snapshot = engine.pool.snapshot()
     assert len({*before, *after}) == 6 or death == "restart"
@@ -206,7 +199,7 @@ def narrow_role(postgres: PostgresServer) -> Iterator[str]:
     """A role that may have two sessions."""
     postgres.query("CREATE ROLE narrow LOGIN CONNECTION LIMIT 2")
     yield "narrow"
-    wait_until(lambda: postgres.sessions() == 0)
+    until(lambda: postgres.sessions() == 0)
     postgres.query("DROP ROLE narrow")
 
 
@@ -243,7 +236,7 @@ def guarded_role(postgres: PostgresServer) -> Iterator[str]:
         file.write("host all guarded 127.0.0.1/32 scram-sha-256\n" + trusting)
     loaded_at = postgres.query("SELECT pg_conf_load_time()")
     postgres.query("SELECT pg_reload_conf()")
-    wait_until(lambda: postgres.query("SELECT pg_conf_load_time()") != loaded_at)
+    until(lambda: postgres.query("SELECT pg_conf_load_time()") != loaded_at)
     yield "guarded"
     with rules.open("r+") as file:
         file.write(trusting)

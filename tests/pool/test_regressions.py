@@ -34,6 +34,7 @@ from sqla_poolkit.pool._messages import describe_error
 from sqla_poolkit.testing import FaultProxy
 from tests.pool.stub import Database, Error, StubDialect
 from tests.servers import PostgresServer
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("idle_threads_leave_soon")
 
@@ -59,13 +60,6 @@ def make_pool(database: Database) -> Iterator[MakePool]:
     yield make
     for pool in made:
         pool.close(PATIENCE_SECONDS)
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be so"
-        time.sleep(0.002)
 
 
 # -- memory --------------------------------------------------------------------------------------

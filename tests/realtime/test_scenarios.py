@@ -24,6 +24,7 @@ from sqla_poolkit import ManagedPool, PoolClosed, PoolOverloaded, PoolTimeout, P
 from sqla_poolkit.pool import _upkeep, _workers
 from tests.pool.laws import assert_lawful
 from tests.pool.stub import Database, Error
+from tests.waiting import until
 
 PATIENCE_SECONDS = 20.0
 LATE_SECONDS = 0.08
@@ -90,7 +91,7 @@ def impatient_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_workers, "_LINGER_SECONDS", 0.02)
     monkeypatch.setattr(_upkeep, "_LINGER_SECONDS", 0.02)
     yield
-    wait_until(lambda: before.issuperset(threading.enumerate()))
+    until(lambda: before.issuperset(threading.enumerate()))
 
 
 @dataclass
@@ -154,15 +155,6 @@ class Crowd:
         return self.visits
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> float:
-    """Come back when it is so and return how long that took; fail if it does not become so."""
-    began = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - began < seconds, "it did not come to pass"
-        time.sleep(0.002)
-    return time.monotonic() - began
-
-
 def warm_up(pool: ManagedPool, count: int) -> None:
     """Open so many connections."""
     held = [pool.connect() for _ in range(count)]
@@ -217,7 +209,7 @@ def test_clients_that_gave_up_do_not_eat_a_connection(make_pool: MakePool, serve
         crowd = Crowd(pool).come(3, hold=0)
         time.sleep(0.15)
         crowd.come(1, hold=0)  # in time for the connection, the others are too early
-        wait_until(lambda: pool.snapshot().timeouts == 3)
+        until(lambda: pool.snapshot().timeouts == 3)
     returned = crowd.now()
     *_, last = crowd.go()
     assert last.error is None
@@ -238,7 +230,7 @@ def test_closing_sends_every_waiter_home(make_pool: MakePool):
     pool = make_pool(max_size=1)
     with held(pool):
         crowd = Crowd(pool).come(3, hold=0)
-        wait_until(lambda: pool.snapshot().waiting == 3)
+        until(lambda: pool.snapshot().waiting == 3)
         closing = crowd.now()
         closer = threading.Thread(target=pool.close)
         closer.start()
@@ -284,7 +276,7 @@ def test_waiting_for_a_pool_to_be_ready_ends_on_time_and_the_pool_goes_on(
     pool = make_pool(min_size=2, max_size=2)
     with pytest.raises(PoolTimeout):
         pool.wait_ready(0.05)
-    assert wait_until(lambda: pool.snapshot().open == 2) < 0.2 + LATE_SECONDS
+    assert until(lambda: pool.snapshot().open == 2) < 0.2 + LATE_SECONDS
 
 
 def test_a_spike_of_short_uses_opens_hardly_any_connection(make_pool: MakePool, server: Server):
@@ -327,7 +319,7 @@ def test_a_connect_whose_caller_gave_up_joins_the_pool(make_pool: MakePool, serv
     pool = make_pool(max_size=1, timeout=0.05)
     with pytest.raises(PoolTimeout):
         pool.connect()
-    wait_until(lambda: pool.snapshot().idle == 1)
+    until(lambda: pool.snapshot().idle == 1)
     pool.connect().close()
     assert server.attempts == 1
 
@@ -361,10 +353,10 @@ def test_the_pool_refills_by_itself_after_an_outage(make_pool: MakePool, server:
     pool.wait_ready()
     server.is_down = True
     pool.retire_all()
-    wait_until(lambda: pool.snapshot().connect_failures >= 3)
+    until(lambda: pool.snapshot().connect_failures >= 3)
     assert pool.snapshot().open == 0
     server.is_down = False
-    assert wait_until(lambda: pool.snapshot().open == 3) < 2.0
+    assert until(lambda: pool.snapshot().open == 3) < 2.0
 
 
 # -- sizes over time -------------------------------------------------------------------------
@@ -375,7 +367,7 @@ def test_an_idle_pool_shrinks_to_min_size_on_time(make_pool: MakePool):
     warm_up(pool, 4)
     idle_since = time.monotonic()
     assert pool.snapshot().open == 4
-    wait_until(lambda: pool.snapshot().open == 2)
+    until(lambda: pool.snapshot().open == 2)
     assert 0.19 <= time.monotonic() - idle_since < 0.4
     time.sleep(0.2)
     snapshot = pool.snapshot()
@@ -406,7 +398,7 @@ def test_a_ramp_of_clients_takes_the_pool_up_and_down(make_pool: MakePool):
     while out:
         out.pop().close()
         assert pool.snapshot().checked_out == len(out)
-    wait_until(lambda: pool.snapshot().closes == {"idle": 8}, 1.0)
+    until(lambda: pool.snapshot().closes == {"idle": 8}, seconds=1.0)
     assert pool.snapshot().open == 0
 
 
@@ -450,9 +442,9 @@ def test_limits_that_change_in_quick_succession_are_kept_in_the_end(
             pool.resize(max_size=limit)
             assert_lawful(pool.snapshot(), was_shrunk=True)
             time.sleep(0.005)
-        wait_until(lambda: pool.snapshot().open + pool.snapshot().closing <= 2)
+        until(lambda: pool.snapshot().open + pool.snapshot().closing <= 2)
         checkouts = pool.snapshot().checkouts
-        wait_until(lambda: pool.snapshot().checkouts > checkouts + 20)
+        until(lambda: pool.snapshot().checkouts > checkouts + 20)
     assert_lawful(pool.snapshot())
     assert server.database.most_sockets <= 8
 
@@ -464,7 +456,7 @@ def test_nobody_waits_for_a_connect_while_old_connections_are_replaced(
     pool.wait_ready()
     server.connect_seconds = 0.2
     with under_load(pool, clients=2, hold=0.005) as took:
-        wait_until(lambda: pool.snapshot().closes.get("age", 0) >= 5)
+        until(lambda: pool.snapshot().closes.get("age", 0) >= 5)
     snapshot = pool.snapshot()
     assert set(snapshot.closes) == {"age"}
     assert max(took) < server.connect_seconds
@@ -588,4 +580,4 @@ def test_a_pool_that_nobody_has_any_more_leaves_no_thread(server: Server):
         gc.collect()  # again and again: a worker may just now be about to let the pool go
         return not any(thread.is_alive() for thread in before)
 
-    wait_until(are_gone, 2.0)
+    until(are_gone, seconds=2.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +13,7 @@ from sqlalchemy import Engine, create_engine
 
 from sqla_poolkit import ManagedPool, snapshot
 from sqla_poolkit.pool import _upkeep, _workers
-
-PATIENCE = 10.0
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,13 +62,6 @@ def wait() -> Iterator[Callable[[Engine], None]]:
     yield wait
     for thread in threads:
         thread.join()
-
-
-def until(is_so: Callable[[], object], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.servers import _free_ports
-from tests.watch.conftest import until
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, exc
 from sqla_poolkit import MonitoredNullPool, MonitoredQueuePool, held_by, snapshot
 from sqla_poolkit.errors import ArgumentError
 from sqla_poolkit.watch.health import Health, health, judge
-from tests.watch.conftest import until
+from tests.waiting import until
 
 
 def test_a_pool_with_room_is_ok(make):

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from sqla_poolkit import AsyncManagedPool, ManagedPool, monitor, snapshot
 from sqla_poolkit.testing import FaultProxy
 from tests.servers import MariaDBServer, PostgresServer
+from tests.waiting import until
 
 PING_TIMEOUT = 0.3
 LATE_SECONDS = 0.05
@@ -65,13 +66,6 @@ def engine_of(own_server: PostgresServer) -> Iterator[Callable[..., sa.Engine]]:
 
 def seconds_since(begin: float) -> float:
     return time.monotonic() - begin
-
-
-def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def is_free_again(engine: Any) -> bool:

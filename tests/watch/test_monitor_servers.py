@@ -14,6 +14,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, StaticPool
 
 from sqla_poolkit import held_by, monitor, snapshot
 from tests.servers import PostgresServer
+from tests.waiting import until
 
 ASK = sa.text("SELECT 1")
 
@@ -63,7 +64,7 @@ def test_gauges_are_true_after_an_outage(driver: str, poolclass: Any, own_server
     assert gauges(engine) == (idle, idle, 0)
     reading = watching.snapshot()
     assert (reading.connect_failures, reading.checkouts, reading.checkins) == (20, 6, 6)
-    assert own_server.sessions() == idle
+    until(lambda: own_server.sessions() == idle, "the server does not end them")
     engine.dispose()
 
 

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from sqla_poolkit.watch import _shared
 from sqla_poolkit.watch.prometheus import PoolCollector
 from tests.servers import PostgresServer
-from tests.watch.conftest import until
+from tests.waiting import until
 from tests.watch.exporting import parsed, scrape
 from tests.watch.service import VARIABLE, get, gunicorn
 
@@ -328,7 +328,7 @@ def test_the_workers_of_gunicorn_add_up(
             asked += 1
             return metrics().get("sqlalchemy_pool_info{class=ManagedPool}") == 2
 
-        until(both_worked, 30)
+        until(both_worked, seconds=30)
         until(lambda: metrics()["sqlalchemy_pool_requests_total{outcome=ok}"] == asked)
         answers = [metrics() for _ in range(6)]  # of whichever worker
         for now in answers:

@@ -34,18 +34,12 @@ from sqla_poolkit.core.events import event_classes
 from sqla_poolkit.errors import ArgumentError
 from sqla_poolkit.watch import log_events, observe, recent_events
 from sqla_poolkit.watch.logs import LEVELS
+from tests.waiting import until
 
 PATIENCE = 10.0
 HERE = Path(__file__)
 
 Engines = Callable[..., sa.Engine]
-
-
-def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from sqla_poolkit.errors import ArgumentError
 from sqla_poolkit.watch import opentelemetry
 from sqla_poolkit.watch.opentelemetry import export_pools
 from sqla_poolkit.watch.prometheus import PoolCollector
-from tests.watch.conftest import until
+from tests.waiting import until
 from tests.watch.exporting import collected, scrape
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from sqla_poolkit import (
 from sqla_poolkit.watch.opentelemetry import export_pools
 from sqla_poolkit.watch.prometheus import PoolCollector
 from tests.servers import PostgresServer
-from tests.watch.conftest import PATIENCE, until
+from tests.waiting import PATIENCE_SECONDS, until
 from tests.watch.exporting import collected, scrape
 
 FAILURES = 20
@@ -170,7 +170,7 @@ async def works_async(engine: AsyncEngine) -> bool:
 
 
 async def until_async(is_so: Callable[[], Awaitable[bool]]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not await is_so():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.005)

@@ -18,7 +18,7 @@ import pytest
 
 from sqla_poolkit.watch.prometheus import PoolCollector
 from tests.servers import PostgresServer, _free_ports
-from tests.watch.conftest import until
+from tests.waiting import until
 from tests.watch.exporting import text_of
 from tests.watch.service import ROOT, get, gunicorn
 
@@ -192,7 +192,7 @@ def prometheus(service: str, tmp_path: Path) -> Iterator[Prometheus]:
     folder.mkdir()
     server = Prometheus(folder, service.removeprefix("http://"))
     try:
-        until(server.is_ready, 30)
+        until(server.is_ready, seconds=30)
         yield server
     finally:
         server.end()
