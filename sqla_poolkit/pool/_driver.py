@@ -363,9 +363,9 @@ class Driver(ABC):
         waited = self.clock() - request.asked_at
         if request.failure == "rejected":
             return overloaded_error(self.config, self.step(lambda _: self._gauges()))
-        snapshot, events = self._recent_reading()
         if request.failure == "deadlock" and request.deadlock is not None:
-            return deadlock_error(snapshot, self.events(), request.deadlock)
+            return deadlock_error(self.snapshot(), self.events(), request.deadlock)
+        snapshot, events = self._recent_reading()
         last_error = self.journal.last_connect_error
         return timeout_error(snapshot, events, waited, last_error, request.deadlock)
 

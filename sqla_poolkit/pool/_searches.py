@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from ..core.slots import Locate, SeekDeadlock, Slot
+from ..core.slots import CHECKED_OUT, Locate, SeekDeadlock, Slot
 from . import _sync, _whereabouts
 from ._fork import start_over_after_fork
 
@@ -54,8 +54,12 @@ class Searches:
         """Tell of connections that are held for long, and where their holders are."""
         sought = [self._held_long.popleft() for _ in range(len(self._held_long))]
         places: dict[Slot, str] = {}
+
+        def is_moot() -> bool:
+            return not any(slot.state is CHECKED_OUT and slot.uses == use for slot, use in sought)
+
         with _logged(driver):
-            places = _whereabouts.find_holders({slot for slot, _ in sought})
+            places = _whereabouts.find_holders({slot for slot, _ in sought}, is_moot)
 
         def tell(now: float) -> None:
             for slot, use in sought:
@@ -65,16 +69,22 @@ class Searches:
 
     def _seek_deadlock(self, driver: Driver) -> None:
         """See whether all who hold a connection wait for another one."""
+        machine = driver.machine
         with driver.lock:
-            uses = {slot: slot.uses for slot in driver.machine.slots}
-            waiting = {request.owner: request for request in driver.machine.queue}
+            uses = {slot: slot.uses for slot in machine.slots if slot.state is CHECKED_OUT}
+            waiting = {request.owner: request for request in machine.queue}
+            returns = machine.books.use_time.count
+
+        def is_moot() -> bool:
+            return not machine.waiting or machine.books.use_time.count != returns
+
         with _logged(driver):
-            found = _whereabouts.find_entangled(waiting, uses)
+            found = _whereabouts.find_entangled(waiting, uses, is_moot)
             holders = {
                 slot: (uses[slot], waiting[owner], place) for slot, (owner, place) in found.items()
             }
             if holders:
-                driver.step(lambda now: driver.machine.entangled(now, holders))
+                driver.step(lambda now: machine.entangled(now, holders))
 
 
 class _Searcher:

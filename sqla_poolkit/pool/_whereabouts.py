@@ -36,6 +36,7 @@ __all__ = ["TooMuch", "find_entangled", "find_holders", "present_task"]
 
 _MOST_OBJECTS = 300_000  # more would take a second, and would keep other threads from running
 _MOST_NEAR = 100_000  # a holder has its connection at hand
+_ASK_EACH = 1_000  # objects, whether the search is still wanted
 _FRAME = 4  # so many references farther away is what the frame outside of another one has
 _LIBRARIES = tuple(
     path for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")
@@ -82,17 +83,20 @@ class TooMuch(Exception):
     """There are too many objects to look through."""
 
 
-def find_holders(wanted: Collection[Slot]) -> dict[Slot, str]:
-    """Return where those are just now who have these connections, as far as they are found."""
+def find_holders(wanted: Collection[Slot], is_moot: Callable[[], bool]) -> dict[Slot, str]:
+    """Return where those are just now who have these connections, as far as they are found.
+
+    :param is_moot: asked now and then whether nobody wants to know any more.
+    """
     stacks = {stack.owner: stack for stack in _all_stacks(lambda owner, _: owner)}
     found: dict[Slot, Hashable] = {}
     with suppress(TooMuch):
-        _reach(found, stacks.values(), stacks.values(), wanted, len(wanted), _MOST_NEAR)
+        _reach(found, stacks.values(), stacks.values(), wanted, len(wanted), _MOST_NEAR, is_moot)
     return {slot: stacks[owner].place() for slot, owner in found.items()}
 
 
 def find_entangled(
-    waiting: Collection[Hashable], wanted: Collection[Slot]
+    waiting: Collection[Hashable], wanted: Collection[Slot], is_moot: Callable[[], bool]
 ) -> dict[Slot, tuple[Hashable, str]]:
     """Return who of those that wait has which connection, and where he is; nothing if not all have.
 
@@ -101,6 +105,7 @@ def find_entangled(
 
     :param waiting: the threads and tasks that cannot go on.
     :param wanted: every connection there is.
+    :param is_moot: asked now and then whether nobody wants to know any more.
     :raises TooMuch: if it cannot be found out.
     """
 
@@ -112,13 +117,13 @@ def find_entangled(
     those = [stack for stack in stacks if stack.owner in waiting]
     found: dict[Slot, Hashable] = {}
     # most searches end here: others hold something, and wait for nothing but their database
-    _reach(found, those, stacks, wanted, len(wanted), _MOST_NEAR)
+    _reach(found, those, stacks, wanted, len(wanted), _MOST_NEAR, is_moot)
     if len(found) < len(wanted):
         return {}
     others = [stack for stack in stacks if stack.owner not in waiting]
     reached: dict[Slot, Hashable] = {}
-    _reach(reached, others, stacks, wanted, 1, _MOST_OBJECTS, crosses_borders=True)
-    if reached:
+    _reach(reached, others, stacks, wanted, 1, _MOST_OBJECTS, is_moot, crosses_borders=True)
+    if reached or is_moot():
         return {}
     # of a loop that is kept from going on the thread comes first, where the call is that waits
     places = {stack.owner: stack.place() for stack in reversed(those)}
@@ -250,10 +255,11 @@ def _reach(
     wanted: Collection[Slot],
     most: int,
     most_objects: int,
+    is_moot: Callable[[], bool],
     *,
     crosses_borders: bool = False,
 ) -> None:
-    """Look for connections, the nearest first, until so many are found.
+    """Look for connections, the nearest first, until so many are found, or nobody cares any more.
 
     :param found: gets whose stack each was reached from first.
     :param stacks: where to look from.
@@ -268,7 +274,7 @@ def _reach(
         if crosses_borders:
             todo.add(0, _globals_of(stack), stack.owner)
     seen = {id(stack.coroutine) for stack in known if stack.coroutine is not None}
-    for distance, value, owner in todo.nearest_first():
+    for distance, value, owner in todo.nearest_first(is_moot):
         if id(value) in seen:
             continue
         seen.add(id(value))
@@ -303,12 +309,15 @@ class _Todo:
         there.extend((value, owner) for value in values)
         self.size += len(there) - before
 
-    def nearest_first(self) -> Iterator[tuple[int, Any, Hashable]]:
+    def nearest_first(self, is_moot: Callable[[], bool]) -> Iterator[tuple[int, Any, Hashable]]:
         """Yield what was added, and is added meanwhile farther away, until nothing is left."""
-        distance = 0
+        distance = looked_at = 0
         while self.size:
             there = self._at.pop(distance, deque())
             while there:
+                looked_at += 1
+                if looked_at % _ASK_EACH == 0 and is_moot():
+                    return
                 value, owner = there.popleft()
                 self.size -= 1
                 yield distance, value, owner

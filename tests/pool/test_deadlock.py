@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
 from sqla_poolkit import AsyncManagedPool, ManagedPool, PoolDeadlock, PoolTimeout, held_by, watch
-from sqla_poolkit.pool import _searches, _whereabouts
+from sqla_poolkit.pool import _searches, _sqlalchemy, _whereabouts
 from sqla_poolkit.watch import recent_events
 from tests.servers import PostgresServer
 from tests.waiting import until
@@ -35,6 +35,12 @@ TIMEOUT = 1.0
 PATIENT = {"pool_timeout": 3.0}
 """Where a deadlock has to be found before the end, on a busy machine too."""
 PATIENCE_SECONDS = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _rested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no search wait because one for another test took long."""
+    monkeypatch.setattr(_searches._searcher, "_rests_until", 0.0)
 
 
 @pytest.fixture
@@ -616,6 +622,34 @@ def test_what_goes_wrong_in_a_search_is_logged(
             engine.connect()
     assert "could not be searched for" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_search_ends_early_once_nobody_waits_any_more(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+):
+    looked_at: list[None] = []
+    look = _sqlalchemy.slot_behind
+    engine = engines(1, **PATIENT)
+    held = engine.connect()
+
+    def give_back_and_look(value: object) -> Any:
+        looked_at.append(None)
+        if len(looked_at) == 1:
+            held.close()
+            until(lambda: not engine.pool.snapshot().waiting)
+        return look(value)
+
+    monkeypatch.setattr(_sqlalchemy, "slot_behind", give_back_and_look)
+
+    def wait() -> int:
+        within_reach = [[number] for number in range(50_000)]
+        engine.connect().close()
+        return len(within_reach)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(wait).result() == 50_000
+    until(lambda: all(thread.name != "poolkit search" for thread in threading.enumerate()))
+    assert 1 <= len(looked_at) <= _whereabouts._ASK_EACH
 
 
 # -- where a holder is now ---------------------------------------------------------------------
