@@ -123,6 +123,19 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def _fragile() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def own_server(_fragile: PostgresServer) -> Iterator[PostgresServer]:
+    """A server of the module's own to be stopped and frozen, which runs again after each test."""
+    yield _fragile
+    _fragile.mend()
+
+
 @pytest.fixture(scope="session")
 def pgbouncer(postgres: PostgresServer) -> Iterator[PgBouncer]:
     """A running PgBouncer in front of ``postgres``; where it is not installed, a skip."""

@@ -13,13 +13,28 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from sqlalchemy.util import await_only, greenlet_spawn
 
-__all__ = ["Callers", "Tasks", "Threads"]
+__all__ = ["Callers", "Tasks", "Threads", "in_thread"]
 
 PATIENCE_SECONDS = 10.0
+
+
+def in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Run ``work`` in a thread of its own."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class Callers(ABC):
@@ -57,17 +72,7 @@ class Threads(Callers):
     """Each caller is a thread."""
 
     def start(self, work: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-        context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(run,), daemon=True).start()
-        return future
+        return in_thread(partial(contextvars.copy_context().run, work))
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -37,6 +37,7 @@ from sqla_poolkit import (
 from sqla_poolkit.errors import PoolMisuse
 from sqla_poolkit.pool import _sync, managed
 from sqla_poolkit.watch import recent_events
+from tests.pool.callers import in_thread
 from tests.pool.laws import assert_lawful
 from tests.pool.stub import Database, Disconnected, Error, Interrupt, StubDialect
 from tests.waiting import until
@@ -121,20 +122,6 @@ def sqlite(tmp_path: Path) -> Iterator[Callable[..., sa.Engine]]:
     yield make
     for engine in engines:
         engine.pool.close(timeout=PATIENCE)
-
-
-def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Run ``work`` in a thread of its own."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run).start()
-    return future
 
 
 def waiter_at(pool: ManagedPool, waiting: int = 1) -> Future[Any]:

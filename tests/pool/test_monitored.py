@@ -26,6 +26,7 @@ from sqla_poolkit import (
     held_by,
     snapshot,
 )
+from tests.pool.callers import in_thread
 from tests.pool.laws import assert_lawful, broken_laws
 from tests.pool.stub import Database, Error, Interrupt, StubDialect
 
@@ -59,20 +60,6 @@ def any_pool(request: pytest.FixtureRequest, database: Database) -> Iterator[Poo
     pool = request.param(database.connect)
     yield pool
     pool.dispose()
-
-
-def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Run ``work`` in a thread of its own."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run).start()
-    return future
 
 
 def waiter_at(pool: MonitoredQueuePool) -> Future[Any]:

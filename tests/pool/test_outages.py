@@ -144,19 +144,6 @@ def apps() -> Iterator[Callable[..., App]]:
         app.close()
 
 
-@pytest.fixture(scope="module")
-def fragile() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture
-def own_server(fragile: PostgresServer) -> Iterator[PostgresServer]:
-    """A server to be stopped and frozen, which runs again at the end of the test."""
-    yield fragile
-    fragile.mend()
-
-
 # -- connections that end ---------------------------------------------------------------------
 
 

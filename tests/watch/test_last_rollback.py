@@ -30,19 +30,6 @@ class Failed(Exception):
     """An error of the application's."""
 
 
-@pytest.fixture(scope="module")
-def fragile() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture
-def own_server(fragile: PostgresServer) -> Iterator[PostgresServer]:
-    """A server to be frozen, which runs again at the end of the test."""
-    yield fragile
-    fragile.mend()
-
-
 @pytest.fixture
 def engine_of(own_server: PostgresServer) -> Iterator[Callable[..., sa.Engine]]:
     engines = []

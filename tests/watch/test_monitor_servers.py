@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,19 +16,6 @@ from tests.servers import PostgresServer
 from tests.waiting import until
 
 ASK = sa.text("SELECT 1")
-
-
-@pytest.fixture(scope="module")
-def fragile() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture
-def own_server(fragile: PostgresServer) -> Iterator[PostgresServer]:
-    """A server to be stopped, which runs again at the end of the test."""
-    yield fragile
-    fragile.mend()
 
 
 def gauges(engine: Any) -> tuple[int, int, int]:
