@@ -57,6 +57,17 @@ def record_of(proxy: Any) -> Any:
 # -- records ---------------------------------------------------------------------------------
 
 
+def test_the_last_listener_to_connects_can_be_made_the_first(tmp_path: Path):
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/app.db")
+    heard: list[str] = []
+    for name in ("first", "second"):
+        event.listen(engine, "do_connect", lambda *_, name=name: heard.append(name))
+    _sqlalchemy.hear_of_connects_first(engine)
+    engine.connect().close()
+    engine.dispose()
+    assert heard == ["second", "first"]
+
+
 @canary("_ConnectionRecord")
 def test_a_record_can_be_subclassed_with_a_slot_and_connects_at_once(
     database: Database, pool: QueuePool

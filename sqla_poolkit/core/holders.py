@@ -8,7 +8,7 @@ from types import TracebackType
 __all__ = ["current_label", "held_by"]
 
 current_label: ContextVar[str | None] = ContextVar("sqla_poolkit_label", default=None)
-_outer_labels: ContextVar[tuple[str | None, ...]] = ContextVar("sqla_poolkit_labels", default=())
+_blocks: ContextVar[tuple[held_by, ...]] = ContextVar("sqla_poolkit_blocks", default=())
 
 
 class held_by:  # noqa: N801 - used like a function, as contextlib.suppress is
@@ -20,17 +20,20 @@ class held_by:  # noqa: N801 - used like a function, as contextlib.suppress is
             ...
 
     The label crosses the borders of threads and tasks as context variables do; the innermost one
-    counts.  Labels are rows in every snapshot: use the route, not the address with its ids.  One
-    object may be used again and again, also by several threads at a time.
+    counts.  Where a block ends in another context than it began in, that end changes nothing.
+    Labels are rows in every snapshot: use the route, not the address with its ids.  One object may
+    be used again and again, also by several threads at a time.
     """
 
     __slots__ = ("_label",)
 
     def __init__(self, label: str) -> None:
-        self._label = str(label)
+        name = str(label)
+        # half a character, as of a file's name, would break whatever prints it
+        self._label = name if name.isascii() else name.encode(errors="replace").decode()
 
     def __enter__(self) -> held_by:
-        _outer_labels.set((*_outer_labels.get(), current_label.get()))
+        _blocks.set((*_blocks.get(), self))
         current_label.set(self._label)
         return self
 
@@ -40,6 +43,10 @@ class held_by:  # noqa: N801 - used like a function, as contextlib.suppress is
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        *outer, label = _outer_labels.get()
-        _outer_labels.set(tuple(outer))
-        current_label.set(label)
+        blocks = list(_blocks.get())
+        if self not in blocks:
+            return  # it began in another context, as a web framework's dependencies do
+        # not always the last: generators may end in another order than they began
+        del blocks[-1 - blocks[::-1].index(self)]
+        _blocks.set(tuple(blocks))
+        current_label.set(blocks[-1]._label if blocks else None)  # noqa: SLF001 - another of us

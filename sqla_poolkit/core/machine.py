@@ -136,6 +136,7 @@ class Machine:
         "_is_quick",
         "_last_use",
         "_limit",
+        "_long_hold",
         "_lost_at",
         "_new_parker",
         "_offset",
@@ -240,6 +241,7 @@ class Machine:
         self.config = config
         self._limit = inf if config.max_size is None else config.max_size
         self._last_use = config.max_uses or _MANY
+        self._long_hold = config.hold_warning or inf
         patience = inf if not config.timeout else config.timeout
         self._first_seek = min(LONG_WAIT_SECONDS, patience / 2)
         self.is_hasty = config.collect_leaks or patience <= _HASTY_SECONDS
@@ -516,7 +518,7 @@ class Machine:
             self._fail(request, now, "unavailable")
         elif timeout == 0:
             self._fail(request, now, "timeout")
-        elif (limit := self.config.max_waiting) is not None and self.waiting >= limit:
+        elif self._is_overloaded():
             self._fail(request, now, "rejected")
         else:
             self._enqueue(request, now)
@@ -550,6 +552,17 @@ class Machine:
         """
         is_tried = self._in_turn or now < self.breaker.until or len(self.slots) >= self._limit
         return self._is_hopeless() and bool(is_tried or self.config.timeout == 0)
+
+    def _is_overloaded(self) -> bool:
+        """Tell whether as many wait as may for a connection that somebody has to give back.
+
+        Those do not count for whom there are places where connections can be opened.
+        """
+        limit = self.config.max_waiting
+        if limit is None:
+            return False
+        places = self._limit - self.open if self.phase == "open" else 0
+        return self.waiting >= limit + max(0, places)
 
     def is_down(self, now: float) -> bool:
         """Tell whether the database is known to be down.
@@ -969,6 +982,8 @@ class Machine:
             now = max(now, books.integrated_until)
             self.advance(now)
         used = now - slot.held_since
+        if used >= self._long_hold and slot.sought_at_use != slot.uses:
+            self._note_late_return(slot, now)  # before anybody looked
         books.use_time.record(used)
         row = slot.row
         row.use_seconds += used
@@ -991,8 +1006,7 @@ class Machine:
 
     def _take_unusable(self, slot: Slot, now: float, reason: ReturnReason) -> None:
         """Take a slot back whose connection is gone, or has to go."""
-        if slot.sought_at_use == slot.uses:
-            self._note_late_return(slot, now)
+        self._note_end_of_use(slot, now)
         if reason != "detached" and reason != "lost" and reason != "forgotten":
             self._retire(slot, now, reason)
             return
@@ -1039,8 +1053,7 @@ class Machine:
 
     def _review(self, slot: Slot, now: float) -> None:
         """Decide whether a connection that came free may stay."""
-        if slot.sought_at_use == slot.uses:
-            self._note_late_return(slot, now)
+        self._note_end_of_use(slot, now)
         reason = slot.reason or self._reason_to_retire(slot, now)
         if reason is not None:
             self.books.invalidations += reason == "invalidated"
@@ -1049,6 +1062,14 @@ class Machine:
             return
         self._postpone_review(slot, now)
         self._offer(slot, now)
+
+    def _note_end_of_use(self, slot: Slot, now: float) -> None:
+        """Tell what there is to tell of the use that has just ended."""
+        if slot.sought_at_use == slot.uses:
+            self._note_late_return(slot, now)
+        if slot.is_dropped:
+            slot.is_dropped = False
+            self._tell_of(ConnectionLeaked, now, slot.holder, slot.idle_since - slot.held_since)
 
     def _postpone_review(self, slot: Slot, now: float) -> None:
         if now < slot.ages_at:
@@ -1666,7 +1687,7 @@ class Machine:
             (config.keepalive or None if config.pre_ping else None, 32),
             (config.connect_timeout if self.connecting else None, 8),
             (config.timeout if self.waiting and config.collect_leaks else None, 8),
-            (config.hold_warning or None if self.open > self.idle else None, 8),
+            (config.hold_warning or None, 8),  # as a checkout wakes nobody
             (_CALM_SECONDS if self.waiting or self._exhausted_at is not None else None, 2),
         ):
             if period is not None:

@@ -82,6 +82,7 @@ class Slot:
         "holder",
         "idle_since",
         "is_detached",
+        "is_dropped",
         "is_own_connect",
         "is_replaced",
         "is_reported",
@@ -165,6 +166,8 @@ class Slot:
         """When the driver took it back; it may be dealt with a little later."""
         self.is_detached = False
         """The holder keeps the connection for itself."""
+        self.is_dropped = False
+        """The garbage collector gives it back, because its holder did not."""
         self.is_reported = False
         """It was told that the holder keeps it for long."""
         self.sought_at_use = -1

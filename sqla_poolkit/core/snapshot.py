@@ -289,15 +289,19 @@ class PoolInterval:
     labels: Mapping[str, HolderTotals]
     callers: Mapping[str, HolderTotals] | None
 
-    def per_second(self, counter: str) -> float:
+    def per_second(self, counter: str) -> float | None:
         """Return the rate of a counter, for example ``per_second("checkouts")``.
+
+        None for what the pool cannot know.
 
         :raises ValueError: if ``counter`` is none of the interval's counters.
         """
         if counter not in _COUNTERS:
             raise ValueError(f"{counter!r} is not a counter; there are: {', '.join(_COUNTERS)}")
-        value = getattr(self, counter)
-        return value / self.seconds if value and self.seconds > 0 else 0.0
+        value: float | None = getattr(self, counter)
+        if value is None:
+            return None
+        return value / self.seconds if self.seconds > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the interval JSON-ready."""

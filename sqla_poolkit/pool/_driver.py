@@ -482,6 +482,8 @@ class Driver(ABC):
             reset()
         finally:
             guard.disarm()
+            if guard.was_cut and slot is not None:
+                self.machine.doom(slot, "reset")  # also if the reset did not notice
 
     def guard_last_rollback(self, record: ConnectionPoolEntry, reset: Callable[[], object]) -> None:
         """Do the ROLLBACK that ends the use of a connection, within the time of a ping.
@@ -598,15 +600,19 @@ class Driver(ABC):
 
     def _tidy_within_limit(self, record: ConnectionPoolEntry, tidy: Callable[[], bool]) -> bool:
         guard = self._arm(record, self.config.ping_timeout)
+        is_tidy = False
         try:
-            return tidy()
+            is_tidy = tidy()
         except Exception:
             pool = self.served_pool()
             if pool is not None:
-                pool.logger.exception("The session of a returned connection could not be reset")
-            return False
+                pool.logger.exception(
+                    "The session of a connection that came back to pool %r could not be reset",
+                    self.config.name,
+                )
         finally:
             guard.disarm()
+        return is_tidy and not guard.was_cut
 
     def _warn(self, message: str) -> None:
         pool = self.served_pool()
@@ -885,7 +891,8 @@ class Driver(ABC):
     def _remember_error(self, error: BaseException) -> None:
         pool = self.served_pool()
         known = () if pool is None else _sqlalchemy.public_words(pool)
-        self.journal.last_connect_error = describe_error(error, known)
+        is_of_driver = pool is not None and _sqlalchemy.is_of_driver(pool, error)
+        self.journal.last_connect_error = describe_error(error, known, is_of_driver=is_of_driver)
         self._last_cause = _faults.keepsake(error)
 
     def _close(self, slot: Slot) -> Done:

@@ -81,6 +81,11 @@ class ThreadGuard:
             self.deadline = inf
             self._connection = None
 
+    def forget(self) -> None:
+        """Leave the guarded call without having told the upkeep, perhaps: it is told next time."""
+        self.disarm()
+        self._watched_until = inf
+
     def look(self, now: float) -> float:
         """Cut the connection off if its call is overdue; return when to look again."""
         with self._lock:

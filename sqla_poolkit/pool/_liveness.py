@@ -159,7 +159,9 @@ def _is_at_rest_psycopg2(native: Any) -> bool:
 
 
 def _is_at_rest_psycopg(native: Any) -> bool:
-    return bool(native.pgconn.transaction_status == 0)
+    # where it is left open a pipeline keeps answers for the next holder
+    is_open = getattr(native.pgconn, "pipeline_status", 0) != 0
+    return bool(native.pgconn.transaction_status == 0) and not is_open
 
 
 def _is_at_rest_asyncpg(native: Any) -> bool:

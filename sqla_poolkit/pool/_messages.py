@@ -20,22 +20,31 @@ __all__ = [
 ]
 
 _LONGEST_HOLDERS = 3
-_QUOTED = re.compile(r"([\"'])(.*?)\1")
+# a quote inside of a word is an apostrophe, or part of what is quoted
+_QUOTED = re.compile(r"(?<!\w)([\"'`])(.*?)(?:\1(?!\w)|$)")
 
 
-def describe_error(error: BaseException, known: Container[str]) -> str:
-    """Return a driver's error in a line that may be shown to anybody.
+def describe_error(
+    error: BaseException, known: Container[str], *, is_of_driver: bool = True
+) -> str:
+    """Return an error of a connect in a line that may be shown to anybody.
 
-    What it quotes may be a part of a password, so only words that are ``known`` stay.
+    What a driver quotes may be a part of a password, so only words that are ``known`` stay.  What
+    an application says, whose token could not be fetched, may be anything, and is left out.
     """
-    text = str(error).strip().partition("\n")[0]
+    name = type(error).__name__
+    if not is_of_driver:
+        return f"{name} (raised by the application; its text is not shown, as it may hold a secret)"
+    text = str(error)
+    if len(error.args) == 2 and isinstance(error.args[0], int) and text.startswith("("):
+        text = "{1} ({0})".format(*error.args)  # MySQL's drivers have a number and a sentence
+    text = text.strip().partition("\n")[0]
 
     def shown(match: re.Match[str]) -> str:
         quote, word = match.groups()
         return f"{quote}{word if word in known else '...'}{quote}"
 
     text = _QUOTED.sub(shown, text)
-    name = type(error).__name__
     return f"{name}: {text}" if text else name
 
 
@@ -158,9 +167,9 @@ def not_ready_error(
 def overloaded_error(config: PoolConfig, gauges: Mapping[str, int]) -> PoolOverloaded:
     """Return the error of a caller who was turned away."""
     return PoolOverloaded(
-        f"pool {config.name!r} turned this caller away at once: {gauges['waiting']} callers wait "
-        f"already (max_waiting={config.max_waiting}), {gauges['checked_out']} connections are "
-        f"checked out (max_size={config.max_size}). Shed or delay this request, or raise "
+        f"pool {config.name!r} turned this caller away at once: {gauges['checked_out']} checked "
+        f"out (max_size={config.max_size}), {gauges['waiting']} waiting already "
+        f"(max_waiting={config.max_waiting}). Shed or delay this request, or raise "
         "max_waiting if callers may wait longer",
         dict(gauges),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,11 @@ def session_cleaner(session_reset: Any, dialect: Any) -> SessionCleaner | None:
     :raises sqlalchemy.exc.ArgumentError: if it means nothing there.
     """
     if callable(session_reset):
+        if inspect.iscoroutinefunction(session_reset):
+            raise ArgumentError(
+                "session_reset= must be a plain function, also with asyncio: give one that calls "
+                "the DBAPI connection's cursor().execute(), which SQLAlchemy awaits inside"
+            )
         cleaner: SessionCleaner = session_reset
         return cleaner
     if session_reset == "rollback":

@@ -58,9 +58,11 @@ __all__ = [
     "guard_resets",
     "has_engine",
     "has_queue",
+    "hear_of_connects_first",
     "in_greenlet",
     "is_asyncio",
     "is_being_handled",
+    "is_of_driver",
     "is_referenced",
     "is_same_pool",
     "judge_errors",
@@ -139,9 +141,12 @@ class Record(_base._ConnectionRecord):
     def checkin(self, _fairy_was_created: bool = True) -> None:
         """Return to the pool; without listeners and callbacks that is little."""
         pool = self.home
+        proxy = self.fairy_ref
+        if proxy is not None and proxy() is None:
+            self._note_drop()
         listeners = pool.dispatch.checkin
         if (
-            self.fairy_ref is None
+            proxy is None
             or self.finalize_callback
             or listeners.listeners
             or listeners.parent_listeners
@@ -150,6 +155,13 @@ class Record(_base._ConnectionRecord):
             return
         self.fairy_ref = None
         pool._return_conn(self)
+
+    def _note_drop(self) -> None:
+        """Note that the garbage collector gives the connection back."""
+        slot = self.slot
+        if slot is not None and slot.reason != "leaked":
+            slot.is_dropped = True
+            slot.review_at = _AT_ONCE
 
     def get_connection(self) -> Any:
         """Return the connection, or open one if there is none.
@@ -563,6 +575,14 @@ def keeps_connect_arguments(pool: Pool) -> bool:
     return connect_arguments(cast(Any, pool)._creator) != ((), {})
 
 
+def hear_of_connects_first(engine: Engine) -> None:
+    """Have the ``do_connect`` listener that was added last called before those that may raise.
+
+    For this event ``insert=True`` is ignored.
+    """
+    cast(Any, engine.dialect.dispatch).do_connect.listeners.rotate(1)
+
+
 def has_queue(pool: Pool) -> bool:
     """Tell whether callers may have to wait for this pool."""
     return not isinstance(pool, NullPool | StaticPool | SingletonThreadPool | AssertionPool)
@@ -685,13 +705,13 @@ def database_name(pool: Pool) -> str:
         # what follows may be the key of an encrypted file
         path = str(positional[0]).partition("?")[0]
         return os.path.basename(path).removeprefix("file:") or "sqlite"
-    host = named.get("host")
-    database = named.get("dbname") or named.get("database") or named.get("db")
+    host = _without_secrets(named.get("host"))
+    database = _without_secrets(named.get("dbname") or named.get("database") or named.get("db"))
     port = named.get("port")
-    if isinstance(host, str) and host:
+    if host:
         address = f"{host}:{port}" if port else host
         return f"{address}/{database}" if database else address
-    if isinstance(database, str) and database:
+    if database:
         return database
     if isinstance(kind, str):
         driver = getattr(dialect, "driver", None)
@@ -699,12 +719,36 @@ def database_name(pool: Pool) -> str:
     return "pool"
 
 
+def _without_secrets(word: object) -> str:
+    """Return a word of the connect arguments as far as anybody may see it.
+
+    An ``@`` in a password that was not escaped makes the rest of it a part of the host; and where a
+    database is named a driver may take a whole URL or ``name=value ...``.
+    """
+    last = str(word or "").rpartition("@")[2]
+    return "" if "=" in last or "://" in last else last
+
+
 def public_words(pool: Pool) -> set[str]:
     """Return the words of the connect arguments that an error may quote: no secrets."""
     _, named = connect_arguments(cast(Any, pool)._creator)
     names = ("host", "hostaddr", "port", "dbname", "database", "db", "user")
-    words = {str(named[name]) for name in names if named.get(name)}
+    words = {_without_secrets(named.get(name)) for name in names} - {""}
     return words | {"127.0.0.1", "::1"}
+
+
+def is_of_driver(pool: Pool, error: BaseException) -> bool:
+    """Tell whether an error is the driver's or the system's, and not the application's own."""
+    if isinstance(error, exc.SQLAlchemyError):
+        return True
+    if isinstance(error, OSError | asyncio.TimeoutError):
+        # what fetches a token derives its errors from these, and may quote it
+        return type(error).__module__ in ("builtins", "socket", "ssl", "asyncio.exceptions")
+    # PEP 249: the base of all that a driver raises; asyncpg, behind its adapter, has its own
+    if any(kind.__name__ == "Error" for kind in type(error).__mro__):
+        return True
+    driver = str(getattr(pool._dialect, "driver", "")).partition("_")[0]
+    return type(error).__module__.partition(".")[0] == driver
 
 
 def why_unsuitable(pool: Pool) -> str | None:

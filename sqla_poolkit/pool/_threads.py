@@ -171,7 +171,7 @@ class ThreadDriver(Driver):
                 # it runs as long as there are connections; a return must not start threads
                 self._upkeep.nudge()
         except BaseException:
-            guard.disarm()  # a signal's: nobody else would, and a holder would be cut off later
+            guard.forget()  # a signal's: nobody else would, and a holder would be cut off later
             raise
         return guard
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import inf
 from typing import Any, ClassVar
 
 from ..config import UNSET, PoolConfig
@@ -386,7 +387,10 @@ class Managed(QueuePoolNames, BasePool):
 
         :param over: spread this over so many seconds, for a database that should not be asked for
             all at once.
+        :raises sqlalchemy.exc.ArgumentError: if that is not a number of seconds.
         """
+        if not 0.0 <= over < inf:
+            raise ArgumentError(f"over={over!r} is not possible; it must be a number of seconds")
         if over > 0.0:
             self._driver.retire_gradually(over)
         else:

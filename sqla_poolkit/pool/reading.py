@@ -50,7 +50,8 @@ def glance(engine: Engine | AsyncEngine | Pool) -> PoolSnapshot:
 
     There may be thousands of them, and reading them takes microseconds each under the pool's lock.
     """
-    look: Callable[[], PoolSnapshot] | None = getattr(
-        getattr(engine, "pool", engine), "glance", None
+    pool: Any = getattr(engine, "pool", engine)
+    look: Callable[[], PoolSnapshot] | None = getattr(pool, "glance", None) or getattr(
+        keeper_of(pool), "glance", None
     )
     return snapshot(engine) if look is None else look()

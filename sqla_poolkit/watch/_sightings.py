@@ -283,9 +283,18 @@ class Sightings:
         self._journal.write_of(ConnectionLost, now, seat.holder, False)
 
     def read(
-        self, now: float, describe: Describe, *, has_callers: bool, has_queue: bool
+        self,
+        now: float,
+        describe: Describe,
+        *,
+        has_callers: bool,
+        has_queue: bool,
+        has_rows: bool = True,
     ) -> dict[str, Any]:
-        """Return the fields of a snapshot; what only a queue could tell is None if there is one."""
+        """Return the fields of a snapshot; what only a queue could tell is None if there is one.
+
+        :param has_rows: as in ``read_rows``.
+        """
         self.review(now)
         self._count_holds()
         self.books.sort_records()
@@ -305,7 +314,9 @@ class Sightings:
         return {
             **values,
             "peak_checked_out": max(values["peak_checked_out"], states.count("checked_out")),
-            **self._read_rows(parts, describe, has_callers=has_callers, has_queue=has_queue),
+            **self._read_rows(
+                parts, describe, has_callers=has_callers, has_queue=has_queue, has_rows=has_rows
+            ),
             "phase": "open",
             "is_down": None,
             "open": len(states) - states.count("closing"),
@@ -322,9 +333,15 @@ class Sightings:
         }
 
     def _read_rows(
-        self, parts: Any, describe: Describe, *, has_callers: bool, has_queue: bool
+        self,
+        parts: Any,
+        describe: Describe,
+        *,
+        has_callers: bool,
+        has_queue: bool,
+        has_rows: bool,
     ) -> dict[str, Any]:
-        tables = read_rows(self.books, parts, describe, has_callers=has_callers)
+        tables = read_rows(self.books, parts, describe, has_callers=has_callers, has_rows=has_rows)
         if has_queue:
             for name, rows in tables.items():
                 if rows is not None:

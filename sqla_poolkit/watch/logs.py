@@ -77,7 +77,7 @@ class LogMailbox(Mailbox):
         """Keep an event to be written, or count it."""
         if self is _default:
             others = (reader for reader in journal.readers if reader is not self)
-            if any(isinstance(reader, LogMailbox) for reader in others):
+            if any(isinstance(log, LogMailbox) and log.wants(type(event)) for log in others):
                 return  # somebody asked for a log of his own
         if isinstance(event, _NEVER_LIMITED):
             super().put(event, journal)
@@ -103,12 +103,12 @@ class LogMailbox(Mailbox):
             fields["suppressed"] = suppressed
         self._emit(LEVELS[type(event)], event.name, fields)
 
-    def _close_windows(self) -> float | None:
+    def _close_windows(self, is_last: bool) -> float | None:
         """Say how many were suppressed in windows that are over; return when the next one is."""
         now = _sync.monotonic()
         pause = None
         for (pool, kind), window in list(self._windows.items()):
-            left = window.ends_at - now
+            left = 0.0 if is_last else window.ends_at - now
             if left > 0:
                 if window.suppressed:
                     pause = left if pause is None else min(pause, left)
@@ -227,6 +227,8 @@ def log_events(
     :return: what ends it: ``stop()``, or a ``with`` block.
     :raises sqlalchemy.exc.ArgumentError: for an engine whose pool keeps no books.
     """
+    if not isinstance(level, int):
+        raise ArgumentError(f"level={level!r} is not possible; it must be a number as logging.INFO")
     if snapshot_every is not None and snapshot_every <= 0:
         raise ArgumentError(
             f"snapshot_every={snapshot_every!r} is not possible; it must be above 0"

@@ -23,6 +23,7 @@ from ..pool._callers import describe_holder, holder_finder
 from ..pool._fork import start_over_after_fork
 from ..pool._messages import describe_error
 from ..pool._registry import connecting, register, unregister
+from ..pool.reading import glance, snapshot
 from ._sightings import Note, Seat, Sightings
 
 if TYPE_CHECKING:
@@ -107,9 +108,15 @@ class Monitor:
             raise ArgumentError("the engine of this monitor is gone, so there is nothing to read")
         return self._read(engine.pool)
 
-    def _read(self, pool: Any) -> PoolSnapshot:
-        reading: PoolSnapshot = pool.snapshot()
-        return reading
+    def glance(self) -> PoolSnapshot:
+        """Return a reading without ``labels`` and ``callers``, cheap however many there are."""
+        engine = self._engine()
+        if self._last is not None or engine is None:
+            return self.snapshot()
+        return self._read(engine.pool, has_rows=False)
+
+    def _read(self, pool: Any, *, has_rows: bool = True) -> PoolSnapshot:
+        return snapshot(pool) if has_rows else glance(pool)
 
     def stop(self) -> None:
         """Watch no more, and leave no listener behind; again is as good as once."""
@@ -172,6 +179,8 @@ class _Listener(Monitor):
         for name, listener in self._listeners.items():
             # first, so that what other listeners do does not count as a part of the connect
             event.listen(engine, name, listener, insert=name == "connect")
+        if self._has_attempts:
+            _sqlalchemy.hear_of_connects_first(engine)
         start_over_after_fork(self)
 
     def adopt_all(self) -> None:
@@ -293,8 +302,11 @@ class _Listener(Monitor):
         if context.is_pre_ping:
             self._note(self._sightings.ping_failed)
         else:
-            error = describe_error(context.original_exception, self._words)
-            self.journal.last_connect_error = error
+            error, pool = context.original_exception, self.served_pool()
+            is_of_driver = pool is not None and _sqlalchemy.is_of_driver(pool, error)
+            self.journal.last_connect_error = describe_error(
+                error, self._words, is_of_driver=is_of_driver
+            )
             self._note(partial(self._sightings.caller_failed, self._caller()))
 
     def _adopt(self, record: Any) -> Seat:
@@ -325,7 +337,7 @@ class _Listener(Monitor):
         if self.journal.has_news:
             self.journal.wake_readers()
 
-    def _read(self, pool: Any) -> PoolSnapshot:
+    def _read(self, pool: Any, *, has_rows: bool = True) -> PoolSnapshot:
         if self._holds_lock():
             raise PoolMisuse(
                 f"the monitor of pool {self.name!r} was read by a finalizer that ran in the middle "
@@ -337,6 +349,7 @@ class _Listener(Monitor):
                 describe_holder,
                 has_callers=self._track != "label",
                 has_queue=_sqlalchemy.has_queue(pool),
+                has_rows=has_rows,
             )
         if self.journal.has_news:
             self.journal.wake_readers()

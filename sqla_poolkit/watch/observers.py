@@ -47,15 +47,16 @@ class Mailbox:
 
     :param observer: who is told.
     :param kinds: of which events; None is all.
-    :param look_after: called in the same thread when there is nothing to hand over; returns in how
-        many seconds to come again, None for not until the next event.
+    :param look_after: called in the same thread when there is nothing to hand over, and told
+        whether this is the last time; returns in how many seconds to come again, None for not until
+        the next event.
     """
 
     def __init__(
         self,
         observer: Observer,
         kinds: Iterable[type[PoolEvent]] | None = None,
-        look_after: Callable[[], float | None] = lambda: None,
+        look_after: Callable[[bool], float | None] = lambda _: None,
     ) -> None:
         self._observer = observer
         self._kinds = None if kinds is None else frozenset(kinds)
@@ -125,8 +126,9 @@ class Mailbox:
     def _run(self) -> None:
         while True:
             self._deliver()
-            pause = self._look_after()
-            if self._is_stopped and not self._letters:
+            is_last = self._is_stopped and not self._letters
+            pause = self._look_after(is_last)
+            if is_last:
                 return
             seconds = _LINGER_SECONDS if pause is None else pause
             if self._parker.park(seconds) or pause is not None:
@@ -174,8 +176,9 @@ _mailboxes: weakref.WeakSet[Mailbox] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
+    deadline = _sync.monotonic() + _EXIT_SECONDS
     for mailbox in list(_mailboxes):
-        mailbox.stop(_EXIT_SECONDS)
+        mailbox.stop(max(0.0, deadline - _sync.monotonic()))
 
 
 class Observation:

@@ -114,6 +114,14 @@ def test_one_waiter_too_many_is_turned_away_at_once():
     assert pool.queue == ["a", "b"]
 
 
+def test_who_waits_for_a_place_that_is_free_is_none_too_many():
+    pool = Pool(max_size=3, max_waiting=1)
+    assert [answer(got) for got in pool.ask_each("abcde")] == [None] * 4 + ["rejected"]
+    pool.open_next()
+    assert [answer(got) for got in pool.ask_each("f")] == ["rejected"]
+    assert (pool.woken, pool.queue) == (["a"], ["b", "c", "d"])
+
+
 def test_with_timeout_zero_nobody_queues():
     pool = Pool(opened=1, max_size=2, timeout=0.0, max_connecting=1)
     assert [answer(got) for got in pool.ask_each("abc")] == [
@@ -534,6 +542,21 @@ def test_who_keeps_a_connection_replaced_in_his_hands_is_looked_for_once():
     pool.tick(3.0)
     pool.tick(4.0)
     assert pool.sought == ["first", "second"]
+
+
+def test_a_long_hold_is_told_even_if_nobody_looked_meanwhile():
+    pool = Pool(opened=1, max_size=1, hold_warning=1.0)
+    for seconds in (0.875, 1.0, 0.5):
+        slot = pool.ask()
+        pool.now += seconds
+        pool.give_back(slot)
+    told = pool.machine.journal.last()
+    holds = [(event.name, event.held_seconds) for event in told if "hold_" in event.name]
+    assert holds == [("hold_exceeded", 1.0), ("hold_returned", 1.0)]
+
+
+def test_the_upkeep_comes_in_time_for_long_holds_of_which_it_does_not_hear():
+    assert Pool(opened=1, max_size=1, hold_warning=1.0).tick(10.0) <= 10.125
 
 
 def test_each_caller_keeps_his_own_deadline_when_the_timeout_changes():

@@ -687,10 +687,12 @@ class PoolLaws(RuleBasedStateMachine):
                 answers.add("unavailable")
         if config.timeout == 0:
             return answers | {"timeout"}
-        if caller.stage == "asking" and len(self.queue) >= (
-            inf if config.max_waiting is None else config.max_waiting
-        ):
-            return answers | {"rejected"}
+        if caller.stage == "asking" and config.max_waiting is not None:
+            taken = Counter(self.states().values())
+            held = sum(taken[state] for state in ("idle", "checked_out", "checking"))
+            places = max(0, self.limit - held) if self.phase == "open" else 0
+            if len(self.queue) >= config.max_waiting + places:
+                return answers | {"rejected"}
         return answers | {"wait"}
 
     def receive(self, caller: Caller, got: Slot | Request, answers: set[str]) -> None:

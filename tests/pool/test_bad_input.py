@@ -51,6 +51,13 @@ def test_a_session_reset_for_another_database_is_refused():
         pool_of(Database(), session_reset="clean")
 
 
+def test_a_session_reset_that_nobody_would_await_is_refused():
+    async def reset(connection: Any) -> None: ...
+
+    with pytest.raises(ArgumentError, match="must be a plain function"):
+        pool_of(Database(), session_reset=reset)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

@@ -33,6 +33,7 @@ from sqla_poolkit import (
     PoolTimeout,
     held_by,
     snapshot,
+    watch,
 )
 from sqla_poolkit.errors import PoolMisuse
 from sqla_poolkit.pool import _sync, managed
@@ -804,6 +805,28 @@ def test_a_connection_that_was_dropped_unclosed_comes_back(pools: Pools) -> None
     assert (gauges(pool), pool.snapshot().connects) == ((1, 1, 0), 1)
 
 
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_connection_that_was_dropped_unclosed_is_told(pools: Pools, listens: bool) -> None:
+    pool = pools(max_size=1, timeout=0)
+    if listens:
+        sa.event.listen(pool, "checkin", lambda *_: None)
+    with held_by("careless"):
+        pool.connect()  # and dropped
+    gc.collect()
+    with held_by("careful"):
+        pool.connect().close()
+        pool.connect().close()
+    leaked = [event for event in recent_events(pool) if isinstance(event, watch.ConnectionLeaked)]
+    assert [event.label for event in leaked] == ["careless"]
+    assert pool.snapshot().closes == {}
+
+
+@pytest.mark.parametrize("over", [-1.0, float("nan"), float("inf")])
+def test_connections_are_replaced_over_a_number_of_seconds(pools: Pools, over: float) -> None:
+    with pytest.raises(exc.ArgumentError, match="over="):
+        pools().retire_all(over=over)
+
+
 def test_a_detached_connection_is_its_holders_own(pools: Pools, database: Database) -> None:
     pool = pools(max_size=1, timeout=0)
     connection = pool.connect()
@@ -1193,7 +1216,7 @@ def test_one_waiter_too_many_is_turned_away_at_once_with_the_gauges(pools: Pools
     pool = pools(max_size=1, max_waiting=1, pool_name="busy")
     held = pool.connect()
     caller = waiter_at(pool)
-    with pytest.raises(PoolOverloaded, match=r"1 callers wait already \(max_waiting=1\)") as caught:
+    with pytest.raises(PoolOverloaded, match=r"1 waiting already \(max_waiting=1\)") as caught:
         pool.connect()
     assert caught.value.gauges == {
         "open": 1,

@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import await_only
 
 from sqla_poolkit import (
     AsyncManagedPool,
@@ -492,6 +493,32 @@ def test_a_session_reset_of_ones_own_that_fails_discards_the_connection(driver, 
     assert [app.call(ask) for _ in range(2)] == [1, 1]
     until(lambda: app.read().open + app.read().closing == 0, "it is kept")
     assert (app.read().reset_failures, app.read().closes) == (2, {"reset": 2})
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_session_reset_that_took_too_long_discards_the_connection(driver, postgres, apps):
+    def dawdle(connection: Any) -> None:
+        if app.is_async:
+            await_only(asyncio.sleep(0.6))
+        else:
+            time.sleep(0.6)
+
+    app = apps(postgres, driver, max_size=1, session_reset=dawdle, ping_timeout=0.2)
+    assert [app.call(ask) for _ in range(2)] == [1, 1]
+    until(lambda: app.read().open + app.read().closing == 0, "it is kept")
+    assert (app.read().reset_failures, app.read().closes) == (2, {"reset": 2})
+
+
+def test_a_pipeline_that_is_left_open_goes_with_its_connection(postgres, apps):
+    app = apps(postgres, "psycopg", max_size=1)
+
+    def leave_open(connection: sa.Connection) -> None:
+        native = connection.connection.driver_connection
+        native.pgconn.enter_pipeline_mode()
+
+    app.call(leave_open)
+    assert app.call(ask) == 1
+    assert app.read().closes == {"reset": 1}
 
 
 def test_a_connection_that_comes_back_in_a_hidden_transaction_is_closed(postgres, apps):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from sqla_poolkit.core.slots import Close, Slot
 from sqla_poolkit.pool import _sqlalchemy
 from sqla_poolkit.pool._messages import describe_error
 from sqla_poolkit.testing import FaultProxy
+from sqla_poolkit.watch import recent_events
 from tests.pool.stub import Database, Error, StubDialect
 from tests.servers import PostgresServer
 from tests.waiting import until
@@ -323,12 +326,91 @@ def test_one_label_serves_several_threads_and_itself_at_a_time():
     assert (current_label.get(), seen) == (None, ["report"])
 
 
+def test_a_label_may_end_in_another_context_than_it_began():
+    block = held_by("request")
+    contextvars.copy_context().run(block.__enter__)
+    with held_by("own"):
+        contextvars.copy_context().run(block.__exit__, None, None, None)
+        block.__exit__(None, None, None)
+        assert current_label.get() == "own"
+    assert current_label.get() is None
+
+
+def test_labels_may_end_in_the_order_in_which_they_began():
+    first, second = held_by("first"), held_by("second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert current_label.get() == "second"
+    second.__exit__(None, None, None)
+    assert current_label.get() is None
+
+
+def test_a_label_can_be_printed():
+    with held_by("report \udc80 é"):
+        assert current_label.get() == "report ? é"
+
+
 # -- secrets -------------------------------------------------------------------------------------
 
 
 def test_the_key_of_an_encrypted_file_is_no_part_of_the_name():
     engine = sa.create_engine("sqlite:///file:app.db?hexkey=c0ffee&uri=true", poolclass=NullPool)
     assert _sqlalchemy.database_name(engine.pool) == "app.db"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("postgresql+psycopg2://shop:pa@ss-W0RD@db.example/shop", "db.example/shop"),
+        ("postgresql+psycopg2:///postgresql://shop:secret@db.example/shop", "db.example/shop"),
+        ("postgresql+psycopg2:///host=db.example password=secret", "postgresql+psycopg2"),
+    ],
+)
+def test_a_password_in_the_wrong_place_is_no_part_of_the_name(url: str, name: str):
+    engine = sa.create_engine(url, poolclass=NullPool)
+    assert _sqlalchemy.database_name(engine.pool) == name
+    words = " ".join(_sqlalchemy.public_words(engine.pool))
+    assert "W0RD" not in words
+    assert "secret" not in words
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('host name "ab"s3cret@host" is unknown', 'host name "..." is unknown'),
+        (
+            "Can't connect to server on 's3cret@host' (111)",
+            "Can't connect to server on '...' (111)",
+        ),
+        ('role "s3cret', 'role "..."'),
+        ("server on 'db.example' is gone", "server on 'db.example' is gone"),
+    ],
+)
+def test_what_an_error_quotes_is_left_out_whole(text: str, shown: str):
+    assert describe_error(OSError(text), {"db.example"}) == f"OSError: {shown}"
+
+
+def test_the_sentence_of_an_error_of_mysqls_is_shown():
+    error = OSError(2003, "Can't connect to MySQL server on 'db.example' (timed out)")
+    mysql = type("OperationalError", (Exception,), {})(*error.args)
+    assert describe_error(mysql, {"db.example"}) == (
+        "OperationalError: Can't connect to MySQL server on 'db.example' (timed out) (2003)"
+    )
+
+
+def test_what_the_application_says_of_a_connect_is_not_shown(tmp_path: Path):
+    def fetch() -> str:
+        raise LookupError("vault answered 403 for token hvs.t0ken")
+
+    engine = sa.create_engine(
+        f"sqlite:///{tmp_path}/app.db", poolclass=ManagedPool, credentials=fetch, pool_timeout=1
+    )
+    with pytest.raises(LookupError, match=r"hvs\.t0ken"):  # its own caller may know
+        engine.connect()
+    (failed,) = [e for e in recent_events(engine) if e.name == "connect_failed"]
+    assert failed.error.startswith("LookupError (raised by the application")
+    engine.pool.close()
 
 
 def test_an_error_is_shown_without_what_it_quotes():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,34 @@ def test_gauges_are_those_of_the_database(poolclass: Any, engine_of: Any, databa
     assert (reading.connects, reading.connect_time.count) == (len(database.connections),) * 2
     engine.dispose()
     assert gauges(engine) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("listens_first", [True, False])
+def test_a_connect_that_a_listener_ends_is_a_failure(engine_of: Any, listens_first: bool):
+    def deny(*_: Any) -> None:
+        raise LookupError("no token")
+
+    engine = engine_of(QueuePool)
+    if listens_first:
+        event.listen(engine, "do_connect", deny)
+    watching = monitor(engine)
+    if not listens_first:
+        event.listen(engine, "do_connect", deny)
+    for _ in range(3):
+        with suppress(LookupError):  # which keeps no traceback, and so no record
+            engine.raw_connection()
+    gc.collect()
+    assert watching.snapshot().connect_failures == 3
+
+
+def test_a_glance_leaves_the_rows_out(engine_of: Any):
+    engine = engine_of(QueuePool)
+    watching = monitor(engine)
+    with held_by("GET /users"):
+        engine.raw_connection().close()
+    taken, seen = watching.snapshot(), watching.glance()
+    assert (set(taken.labels), set(seen.labels)) == ({"GET /users"}, set())
+    assert (seen.checkouts, seen.open) == (taken.checkouts, taken.open) == (1, 1)
 
 
 @pytest.mark.parametrize("poolclass", CLASSES)

@@ -438,10 +438,11 @@ from sqla_poolkit import ManagedPool, PoolTimeout
 {configure}
 engine = sa.create_engine("sqlite:///shop.db", poolclass=ManagedPool, max_size=1, pool_timeout=0)
 held = engine.connect()
-try:
-    engine.connect()
-except PoolTimeout:
-    pass
+for _ in range(1):
+    try:
+        engine.connect()
+    except PoolTimeout:
+        pass
 held.close()
 """
 
@@ -488,6 +489,45 @@ with engine.connect():
     said = run(program, tmp_path).stderr.splitlines()
     assert len(said) == 1, said
     assert said[0].startswith("WARNING:sqla_poolkit:checkout_timed_out pool=")
+
+
+def test_a_log_of_ones_own_that_wants_no_warnings_leaves_them_to_the_default(tmp_path: Path):
+    own = """
+logging.basicConfig()
+from sqla_poolkit.watch import log_events
+log_events(level=logging.CRITICAL)
+"""
+    ended = run(PROGRAM.format(configure=own), tmp_path)
+    assert ended.stderr.count("checkout_timed_out") == 1, ended.stderr
+
+
+def test_what_was_suppressed_is_said_at_the_end_of_the_process(tmp_path: Path):
+    program = PROGRAM.format(configure="logging.basicConfig()").replace("range(1)", "range(50)")
+    said = run(program, tmp_path).stderr.splitlines()
+    assert len(said) == 6, said
+    assert said[-1].endswith(" suppressed=45")
+
+
+def test_observers_that_never_come_back_hold_the_end_up_together(tmp_path: Path):
+    program = """
+import threading
+import sqlalchemy as sa
+from sqla_poolkit import ManagedPool
+from sqla_poolkit.watch import observe
+engine = sa.create_engine("sqlite:///shop.db", poolclass=ManagedPool)
+for _ in range(4):
+    observe(lambda _: threading.Event().wait(), engine)
+engine.connect().close()
+"""
+    began = time.monotonic()
+    run(program, tmp_path)
+    assert time.monotonic() - began < 2 * 2.0 + 2.0  # not 4 * 2.0
+
+
+@pytest.mark.parametrize("level", ["INFO", None, 1.5])
+def test_a_level_that_is_no_number_is_refused(level: Any):
+    with pytest.raises(ArgumentError, match="level="):
+        log_events(level=level)
 
 
 def test_a_log_of_ones_own_replaces_that_of_the_warnings(tmp_path: Path):
