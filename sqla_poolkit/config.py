@@ -103,6 +103,12 @@ class PoolConfig:
                 f"min_size={self.min_size} is more than the limit of {self.max_size} connections "
                 "(max_size, or pool_size + max_overflow); lower min_size or raise the limit"
             )
+        if self.min_size and self.max_lifetime == 0:
+            raise ArgumentError(
+                f"min_size={self.min_size} cannot be kept open with max_lifetime=0 "
+                "(pool_recycle=0), which is one use for each connection; leave min_size out, or "
+                "give max_uses=1 and a lifetime"
+            )
 
     def public(self) -> dict[str, Any]:
         """Return the settings as a snapshot shows them."""

@@ -19,6 +19,7 @@ _SQLALCHEMY, OWN_FOLDER = (
     for path in (sqlalchemy.__file__, os.path.dirname(os.path.abspath(__file__)))
 )
 _MOST_FRAMES = 20
+_MOST_CODES = 20_000  # a notebook or a rule engine makes ever new ones
 
 # connect -> _ConnectionRecord.checkout -> _do_get -> finder
 _FRAMES_OF_A_CHECKOUT = 4
@@ -55,10 +56,13 @@ def is_of_application(code: CodeType) -> bool:
 
 
 def _learn(code: CodeType) -> bool:
-    key = id(code)
-    _codes[key] = code
-    _application[key] = is_of_application(code)
-    return _application[key]
+    is_ours = is_of_application(code)
+    if len(_codes) < _MOST_CODES:
+        # those beyond have no place: nobody could tell later which one it was
+        key = id(code)
+        _codes[key] = code
+        _application[key] = is_ours
+    return is_ours
 
 
 def _application_frame(frame: FrameType | None) -> FrameType | None:

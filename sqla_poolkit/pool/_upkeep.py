@@ -76,12 +76,17 @@ class Upkeep:
             self._thread.join(seconds)
 
     def _run(self) -> None:
-        self._ident = get_ident()
+        ident = self._ident = get_ident()
         seconds = 0.0
         while True:
             was_woken = self._parker.park(
                 min(seconds, _LINGER_SECONDS) if seconds == inf else seconds
             )
+            if self._ident != ident:
+                # a signal kept whoever started this thread from noting so, and it was started anew;
+                # what woke it was meant for the other
+                self._parker.unpark()
+                return
             kept = self._kept()
             if kept is None or self._is_stopped:
                 self._is_running = False

@@ -821,6 +821,11 @@ def test_a_connection_that_was_dropped_unclosed_is_told(pools: Pools, listens: b
     assert pool.snapshot().closes == {}
 
 
+def test_connections_for_one_use_cannot_be_kept_open(pools: Pools) -> None:
+    with pytest.raises(exc.ArgumentError, match="min_size=1 cannot be kept open"):
+        pools(max_lifetime=0, min_size=1)
+
+
 @pytest.mark.parametrize("over", [-1.0, float("nan"), float("inf")])
 def test_connections_are_replaced_over_a_number_of_seconds(pools: Pools, over: float) -> None:
     with pytest.raises(exc.ArgumentError, match="over="):

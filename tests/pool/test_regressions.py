@@ -31,7 +31,7 @@ from sqla_poolkit.config import PoolConfig
 from sqla_poolkit.core.holders import current_label
 from sqla_poolkit.core.machine import Machine
 from sqla_poolkit.core.slots import Close, Slot
-from sqla_poolkit.pool import _sqlalchemy
+from sqla_poolkit.pool import _sqlalchemy, _sync
 from sqla_poolkit.pool._messages import describe_error
 from sqla_poolkit.testing import FaultProxy
 from sqla_poolkit.watch import recent_events
@@ -349,6 +349,32 @@ def test_labels_may_end_in_the_order_in_which_they_began():
 def test_a_label_can_be_printed():
     with held_by("report \udc80 é"):
         assert current_label.get() == "report ? é"
+
+
+def test_an_upkeep_whose_start_was_interrupted_is_one_thread_all_the_same(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+):
+    start = _sync.start_thread
+
+    def start_and_interrupt(work: Callable[[], None], name: str) -> None:
+        start(work, name)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def threads() -> int:
+        names = [thread.name for thread in threading.enumerate()]
+        return names.count(f"poolkit upkeep {pool._driver.config.name}")
+
+    pool = make_pool(max_size=1, hold_warning=0.2)
+    upkeep = pool._driver._upkeep
+    monkeypatch.setattr(_sync, "start_thread", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        upkeep.wake()
+    upkeep.wake()
+    pool.connect().close()
+    until(lambda: threads() == 1)
+    upkeep.wake()
+    assert threads() == 1
 
 
 # -- secrets -------------------------------------------------------------------------------------
