@@ -122,9 +122,10 @@ def _state(snapshot: PoolSnapshot) -> str:
 
 
 def _holder(slot: SlotReading) -> str:
-    who = slot.label or slot.caller or "an unnamed caller"
-    if slot.label and slot.caller:
-        who = f"{slot.label} ({slot.caller})"
+    place = slot.caller and slot.caller.partition("\n")[0]
+    who = slot.label or place or "an unnamed caller"
+    if slot.label and place:
+        who = f"{slot.label} ({place})"
     return f"{who} for {slot.held_seconds:.2f} s"
 
 

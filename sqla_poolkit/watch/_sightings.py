@@ -57,6 +57,7 @@ class Seat:
         "record",
         "since",
         "uses",
+        "was_adopted",
         "was_out",
     )
 
@@ -75,6 +76,8 @@ class Seat:
         self.opened_at = 0.0
         self.idle_since = 0.0
         self.uses = 0
+        self.was_adopted = False
+        """Its connection was there before anybody looked."""
         self.was_out = False
         """It was in use when it was first seen."""
         # a hold is told by its begin, the very object
@@ -173,6 +176,7 @@ class Sightings:
             self.books.connects += 1
             self._fill(seat, connection, now - age)
             seat.idle_since = now
+            seat.was_adopted = True
         self._seats[seat] = None
 
     def opened(self, seat: Seat, connection: int, seconds: float, now: float) -> None:
@@ -267,7 +271,7 @@ class Sightings:
             if seat.is_open and not _is_there(seat):
                 if seat.reason is not None:
                     self._gone(seat, seat.reason, now)
-                elif is_dead and not seat.uses:
+                elif is_dead and not seat.uses and not seat.was_adopted:
                     self._gone(seat, "setup", now)  # a listener of its connect has raised
                 elif is_dead:
                     self._forget(seat, now)

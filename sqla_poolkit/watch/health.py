@@ -111,7 +111,8 @@ def _particulars(reading: PoolSnapshot, status: Status) -> list[str]:
 
 
 def _holder(slot: SlotReading) -> str:
-    known = [part for part in (slot.label, slot.caller) if part]
+    place = slot.caller and slot.caller.partition("\n")[0]
+    known = [part for part in (slot.label, place) if part]
     return " at ".join(known) or "an unknown caller"
 
 

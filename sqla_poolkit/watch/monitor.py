@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -125,7 +126,8 @@ class Monitor:
             if engine is None or _monitors.get(engine) is not self:
                 return
             del _monitors[engine]
-        self._last = self._read(engine.pool)
+        with suppress(ArgumentError):  # the pool was replaced by one that keeps no books
+            self._last = self._read(engine.pool)
         self._let_go(engine)
 
     def _let_go(self, engine: Engine) -> None:
@@ -143,7 +145,10 @@ class Monitor:
         self.stop()
 
     def __repr__(self) -> str:
-        reading = self.snapshot()
+        try:
+            reading = self.snapshot()
+        except ArgumentError:
+            return "<Monitor of an engine that is gone, or has a pool without books>"
         return (
             f"<Monitor of {reading.pool_class} {reading.name!r}: "
             f"{reading.open} open, {reading.idle} idle, {reading.checked_out} checked out>"

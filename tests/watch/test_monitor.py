@@ -123,6 +123,27 @@ def test_gauges_are_those_of_the_database(poolclass: Any, engine_of: Any, databa
     assert gauges(engine) == (0, 0, 0)
 
 
+def test_what_was_there_before_and_is_let_go_of_is_forgotten(engine_of: Any):
+    engine = engine_of(QueuePool)
+    engine.raw_connection().close()
+    watching = monitor(engine)
+    engine.dispose(close=False)
+    gc.collect()
+    reading = watching.snapshot()
+    assert (reading.forgotten, reading.closes, reading.open) == (1, {}, 0)
+
+
+def test_a_monitor_of_a_pool_that_was_replaced_can_be_stopped(database: Database, engine_of: Any):
+    engine = engine_of(ManagedPool)
+    watching = monitor(engine)
+    engine.pool.close()
+    engine.pool = QueuePool(database.connect, dialect=engine.dialect)
+    assert repr(watching).startswith("<Monitor of an engine that is gone, or")
+    watching.stop()
+    with pytest.raises(exc.ArgumentError, match="keeps no books"):
+        watching.snapshot()
+
+
 @pytest.mark.parametrize("listens_first", [True, False])
 def test_a_connect_that_a_listener_ends_is_a_failure(engine_of: Any, listens_first: bool):
     def deny(*_: Any) -> None:
