@@ -440,6 +440,10 @@ def test_a_call_that_blocks_the_loop_is_a_deadlock_of_all_its_tasks(engines: Eng
 # -- what the search leaves behind -------------------------------------------------------------
 
 
+def no_search_goes_on() -> bool:
+    return all(thread.name != "poolkit search" for thread in threading.enumerate())
+
+
 def use_and_let_go(engine: sa.Engine) -> tuple[Any, Any]:
     """Let go of a variable after the search has looked at it; tell what became of its value."""
 
@@ -452,6 +456,7 @@ def use_and_let_go(engine: sa.Engine) -> tuple[Any, Any]:
         own.execute(ONE)
         with suppress(PoolTimeout):
             engine.connect()
+    until(no_search_goes_on)
     gc.collect()
     before = gone()
     thing = before = None if before is thing else before
@@ -489,7 +494,7 @@ def test_the_search_keeps_no_frame_alive(engines: Engines, upkeep: str):
             thread.submit(wait_in_vain).result()
         wait_in_vain()
         assert len(deadlocks(engine)) == 2
-        until(lambda: not any(t.name.startswith("poolkit search") for t in threading.enumerate()))
+        until(no_search_goes_on)
         assert [each() for each in gone] == [None, None]
     finally:
         gc.enable()
@@ -648,7 +653,7 @@ def test_a_search_ends_early_once_nobody_waits_any_more(
 
     with ThreadPoolExecutor(1) as threads:
         assert threads.submit(wait).result() == 50_000
-    until(lambda: all(thread.name != "poolkit search" for thread in threading.enumerate()))
+    until(no_search_goes_on)
     assert 1 <= len(looked_at) <= _whereabouts._ASK_EACH
 
 

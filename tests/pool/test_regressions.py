@@ -385,6 +385,7 @@ def test_the_key_of_an_encrypted_file_is_no_part_of_the_name():
     assert _sqlalchemy.database_name(engine.pool) == "app.db"
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("url", "name"),
     [
