@@ -58,8 +58,9 @@ class PoolDeadlock(PoolTimeout):
 
 
 class PoolOverloaded(exc.TimeoutError):
-    """More than ``max_waiting`` callers were waiting already, so this one was turned away at once.
+    """As many callers as may (``max_waiting``) wait already for a connection to be given back.
 
+    Whoever asks is turned away at once; those for whom a connection can be opened do not count.
     ``gauges`` holds the pool's gauges at that moment (``waiting``, ``checked_out``, ...).
     """
 

@@ -58,7 +58,7 @@ def is_of_application(code: CodeType) -> bool:
 def _learn(code: CodeType) -> bool:
     is_ours = is_of_application(code)
     if len(_codes) < _MOST_CODES:
-        # those beyond have no place: nobody could tell later which one it was
+        # of those beyond the place is not told: none may be kept alive for it
         key = id(code)
         _codes[key] = code
         _application[key] = is_ours

@@ -466,7 +466,7 @@ class Driver(ABC):
         return is_alive and not guard.was_cut, guard.was_cut
 
     def guard_reset(self, record: ConnectionPoolEntry, reset: Callable[[], object]) -> None:
-        """Reset a returned connection, within the time that a ping may take."""
+        """Reset a returned connection, within the time that a ping may take; or have it closed."""
         slot = slot_of(record)
         if slot is not None and slot.reason == "reset":
             return  # its last ROLLBACK hung already, so it is closed

@@ -58,7 +58,8 @@ class Managed(QueuePoolNames, BasePool):
     :param max_uses: a connection is replaced after so many checkouts.  Default None: no limit.
     :param connect_timeout: passed to drivers that know it, unless you set theirs; an attempt that
         takes longer no longer counts towards ``max_connecting``.  Default 10.
-    :param max_waiting: more waiters than this are turned away with ``PoolOverloaded``.  Default
+    :param max_waiting: of those who wait for a connection to be given back, more than this are
+        turned away with ``PoolOverloaded``; for whom one can be opened does not count.  Default
         None: no limit.
     :param max_connecting: connection attempts in flight at a time.  Default 3.
     :param ping_after: a connection idle for longer is pinged before it is handed out, if its
